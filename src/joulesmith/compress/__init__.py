@@ -1,0 +1,1 @@
+"""Change a model: one folder a family."""

@@ -1,0 +1,1 @@
+"""Fewer bits a weight: block grids, rounding, and the step that applies them."""

@@ -1,0 +1,1 @@
+"""Joules: counters, the power model, windows, carbon and price. Knows no language models."""

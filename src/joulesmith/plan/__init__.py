@@ -1,0 +1,1 @@
+"""Choose what to change: candidates, their damage, their joules, the solver."""
