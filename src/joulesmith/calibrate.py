@@ -1,0 +1,320 @@
+"""What a model does on text, layer by layer: input moments and output gradients.
+
+One forward sweep and one backward sweep over the decoder blocks. Only one block's
+activations, gradients and moments are in memory at a time; the inputs of the
+blocks wait on disk. Knows nothing of what the moments are used for: each block is
+handed to a visitor as soon as it is complete, last block first.
+
+Gradients are those of -log p(y) with y drawn from the model itself, so that their
+second moments are the Fisher information (Martens 2020, "New insights and
+perspectives on the natural gradient method", section 5), which is the curvature of
+the KL divergence to the unchanged model.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from joulesmith.errors import JoulesmithError
+from joulesmith.progress import Tick, silent
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments at one linear layer, means over ``tokens`` calibration tokens.
+
+    hessian:   (columns, columns) E[x x^T] of the layer's inputs, float32
+    weighted:  (columns, columns) E[s x x^T] with s the token's mean squared output
+               gradient, normalised to mean 1 (GuidedQuant, Kim et al. 2025, eq. 7,
+               one group); equals ``hessian`` when tokens matter alike
+    fisher:    (rows,) E[g^2] of the output gradients, float32
+    """
+
+    hessian: torch.Tensor
+    weighted: torch.Tensor
+    fisher: torch.Tensor
+    tokens: int
+
+
+@dataclass(frozen=True)
+class HeadMoments:
+    """Moments of the embedding and of the output head.
+
+    head:            inputs are the final norm's outputs; ``fisher`` is exact, E[p (1 - p)]
+    input_fisher:    (hidden,) E[g^2] of the gradients at the embedding's output
+    token_share:     (vocab,) share of calibration tokens that are each token
+    """
+
+    head: Moments
+    input_fisher: torch.Tensor
+    token_share: torch.Tensor
+
+
+Visit = Callable[[int, Mapping[str, Moments]], None]
+"""Called with a block's index and the moments of its linear layers by parameter name."""
+
+
+class _Accumulator:
+    """Streams one linear layer's inputs and output gradients into moments."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        import torch
+
+        self.plain = torch.zeros(columns, columns)
+        self.weighted = torch.zeros(columns, columns)
+        self.fisher = torch.zeros(rows)
+        self.weight = 0.0
+        self.tokens = 0
+
+    def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
+        """x (tokens, columns), g (tokens, rows)."""
+        s = g.square().mean(dim=1)
+        self.plain.addmm_(x.T, x)
+        self.weighted.addmm_((x * s[:, None]).T, x)
+        self.fisher += g.square().sum(dim=0)
+        self.weight += float(s.sum())
+        self.tokens += x.shape[0]
+
+    def done(self) -> Moments:
+        n = max(self.tokens, 1)
+        weighted = self.weighted / self.weight if self.weight > 0 else self.plain / n
+        return Moments(self.plain / n, weighted, self.fisher / n, self.tokens)
+
+
+def calibrate(
+    module: torch.nn.Module,
+    windows: NDArray[np.int32],
+    visit: Visit,
+    *,
+    batch: int = 4,
+    seed: int = 0,
+    scratch: Path | None = None,
+    progress: Tick = silent,
+) -> HeadMoments:
+    """Stream moments of every linear layer in every decoder block to ``visit``.
+
+    module:  a `transformers` causal language model with ``model.layers``, ``model.norm``
+             and ``lm_head`` (Llama and its relatives), float32
+    windows: int32 (n, length)
+    scratch: folder for the blocks' inputs, (n x length x hidden) float32 a block
+
+    Raises `JoulesmithError` when the model has another structure, or its activations
+    are not finite.
+    """
+    import torch
+
+    inner = getattr(module, "model", None)
+    layers = getattr(inner, "layers", None)
+    norm = getattr(inner, "norm", None)
+    head = getattr(module, "lm_head", None)
+    if inner is None or layers is None or norm is None or head is None:
+        raise JoulesmithError(
+            f"calibration does not know the structure of {type(module).__name__}: "
+            "decoder models with model.layers, model.norm and lm_head are supported"
+        )
+    wanted = [p.requires_grad for p in module.parameters()]
+    for p in module.parameters():
+        p.requires_grad_(False)
+    tokens = torch.from_numpy(np.ascontiguousarray(windows)).long()
+    starts = list(range(0, len(tokens), batch))
+    generator = torch.Generator().manual_seed(seed)
+    depth = len(layers)
+    steps = len(starts) * (3 * depth + 3)
+    with tempfile.TemporaryDirectory(prefix="calibrate-", dir=scratch) as folder:
+        store = _BlockInputs(Path(folder))
+        taken = 0
+
+        def tick() -> None:
+            nonlocal taken
+            taken += 1
+            progress(taken / steps)
+
+        # Forward: each block's inputs to disk. The keyword arguments of a block
+        # (positions, mask) depend on the batch's shape only.
+        calls: dict[int, dict[str, Any]] = {}
+        with torch.no_grad():
+            for b, start in enumerate(starts):
+                hidden, kwargs = _enter(inner, layers[0], tokens[start : start + batch])
+                calls.setdefault(hidden.shape[0], kwargs)
+                for i, layer in enumerate(layers):
+                    store.put(i, b, hidden)
+                    hidden = _first(layer(hidden, **calls[hidden.shape[0]]))
+                    tick()
+                if not torch.isfinite(hidden).all():
+                    raise JoulesmithError(
+                        "the model's activations are not finite on the calibration text"
+                    )
+                store.put(depth, b, hidden)
+
+        # The head and the gradient that enters the last block.
+        head_sums = _HeadSums(head.weight.shape[0], head.weight.shape[1])
+        for b in range(len(starts)):
+            hidden = store.get(depth, b).requires_grad_(True)
+            with torch.enable_grad():
+                normed = norm(hidden)
+            x = normed.detach().reshape(-1, normed.shape[-1])
+            gx = head_sums.add(x, head, generator)
+            normed.backward(gx.reshape(normed.shape))
+            assert hidden.grad is not None
+            store.put(depth, b, hidden.grad)
+            tick()
+
+        # Backward: last block first; its gradient at the input replaces its input.
+        for i in reversed(range(depth)):
+            sums = {
+                name: _Accumulator(*m.weight.shape)
+                for name, m in layers[i].named_modules()
+                if isinstance(m, torch.nn.Linear)
+            }
+            for b in range(len(starts)):
+                hidden = store.get(i, b).requires_grad_(True)
+                gradient = store.get(i + 1, b)
+                with ExitStack() as stack, torch.enable_grad():
+                    taps = {
+                        name: stack.enter_context(_Tap(layers[i].get_submodule(name)))
+                        for name in sums
+                    }
+                    out = _first(layers[i](hidden, **calls[hidden.shape[0]]))
+                    out.backward(gradient)
+                for name, tap in taps.items():
+                    if tap.x is not None and tap.g is not None:
+                        sums[name].add(tap.x.flatten(0, -2), tap.g.flatten(0, -2))
+                assert hidden.grad is not None
+                store.put(i, b, hidden.grad)
+                tick()
+                tick()
+            store.drop(i + 1)
+            visit(i, {name: s.done() for name, s in sums.items()})
+            del sums
+
+        input_fisher = torch.zeros(inner.embed_tokens.weight.shape[1])
+        for b in range(len(starts)):
+            g = store.get(0, b)
+            input_fisher += g.square().sum(dim=(0, 1))
+            tick()
+    for p, w in zip(module.parameters(), wanted, strict=True):
+        p.requires_grad_(w)
+    counts = torch.bincount(tokens.flatten(), minlength=head.weight.shape[0]).float()
+    return HeadMoments(head_sums.done(), input_fisher / tokens.numel(), counts / tokens.numel())
+
+
+class _BlockInputs:
+    """Hidden states on disk, one file a (block, batch)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def put(self, block: int, batch: int, value: torch.Tensor) -> None:
+        try:
+            np.save(self.folder / f"{block}.{batch}.npy", value.detach().numpy())
+        except OSError as e:
+            raise JoulesmithError(
+                f"cannot keep activations in {self.folder.parent}: {e.strerror or e}; "
+                "free some space or choose another --out"
+            ) from e
+
+    def get(self, block: int, batch: int) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(np.load(self.folder / f"{block}.{batch}.npy", allow_pickle=False))
+
+    def drop(self, block: int) -> None:
+        for path in self.folder.glob(f"{block}.*.npy"):
+            path.unlink()
+
+
+class _HeadSums:
+    """Moments of the head, in slices of tokens: logits of a whole batch never stand at once."""
+
+    def __init__(self, vocab: int, hidden: int) -> None:
+        self.sums = _Accumulator(vocab, hidden)
+
+    def add(
+        self, x: torch.Tensor, head: torch.nn.Module, generator: torch.Generator, rows: int = 256
+    ) -> torch.Tensor:
+        """x (tokens, hidden) -> gradient of -log p(sampled) with respect to x, same shape."""
+        import torch
+
+        out = torch.empty_like(x)
+        weight: torch.Tensor = head.weight  # type: ignore[assignment]
+        for start in range(0, len(x), rows):
+            part = x[start : start + rows]
+            p = torch.softmax(head(part).float(), dim=-1)
+            drawn = torch.multinomial(p, 1, generator=generator)
+            spread = p * (1 - p)
+            s = spread.mean(dim=1)
+            self.sums.plain.addmm_(part.T, part)
+            self.sums.weighted.addmm_((part * s[:, None]).T, part)
+            self.sums.fisher += spread.sum(dim=0)
+            self.sums.weight += float(s.sum())
+            self.sums.tokens += len(part)
+            p.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
+            out[start : start + rows] = p @ weight
+        return out
+
+    def done(self) -> Moments:
+        return self.sums.done()
+
+
+class _Tap:
+    """Keeps one linear layer's input and the gradient at its output during a pass."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        self.layer = layer
+        self.x: torch.Tensor | None = None
+        self.g: torch.Tensor | None = None
+
+    def __enter__(self) -> _Tap:
+        def forward(_: object, args: tuple[Any, ...], out: torch.Tensor) -> None:
+            self.x = args[0].detach()
+            out.register_hook(self._keep)
+
+        self.handle = self.layer.register_forward_hook(forward)
+        return self
+
+    def _keep(self, gradient: torch.Tensor) -> None:
+        self.g = gradient.detach()
+
+    def __exit__(self, *exc: object) -> None:
+        self.handle.remove()
+
+
+class _EnterError(Exception):
+    """Ends the model's forward pass at its first block."""
+
+
+def _enter(
+    inner: torch.nn.Module, first: torch.nn.Module, tokens: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The hidden states and keyword arguments with which the model calls its first block."""
+    caught: dict[str, Any] = {}
+
+    def catch(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught["hidden"] = args[0] if args else kwargs.pop("hidden_states")
+        caught["kwargs"] = kwargs
+        raise _EnterError
+
+    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        inner(input_ids=tokens, use_cache=False)
+    except _EnterError:
+        pass
+    finally:
+        handle.remove()
+    return caught["hidden"], caught["kwargs"]
+
+
+def _first(out: Any) -> torch.Tensor:
+    """A block's hidden states: some versions return a tuple."""
+    return out[0] if isinstance(out, tuple) else out

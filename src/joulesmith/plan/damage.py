@@ -1,0 +1,90 @@
+"""Predicted damage of replacing one tensor: a second-order estimate of the KL divergence.
+
+Around the unchanged weights the KL divergence to the changed model is, to second
+order, half the Fisher quadratic form of the change. With the Fisher block of a
+linear layer y = W x taken as diag(E[g^2]) (x) E[s x x^T] (Kronecker-factored, as in
+Martens & Grosse 2015, with the output factor's diagonal), one tensor's share is
+
+    KL ~ 1/2 sum_r E[g_r^2] dW_r H dW_r^T        nats per token
+
+Shares add up while they are small. What the approximation misses (correlated
+outputs, higher orders) is the same in kind within a role, so measured KL of a few
+whole-role replacements corrects it: see `Correction`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from joulesmith.calibrate import HeadMoments, Moments
+
+GROUPS: Mapping[str, str] = {
+    "attn_q": "attn_qk",
+    "attn_k": "attn_qk",
+    "attn_v": "attn_vo",
+    "attn_output": "attn_vo",
+    "ffn_gate": "ffn_in",
+    "ffn_up": "ffn_in",
+    "ffn_down": "ffn_down",
+    "token_embd": "head",
+    "output": "head",
+}
+"""Roles that share a correction. Any other role is a group of its own."""
+
+
+def group(role: str) -> str:
+    """The correction group of a tensor's role."""
+    return GROUPS.get(role, role)
+
+
+def linear_damage(change: torch.Tensor, moments: Moments) -> float:
+    """Predicted KL in nats per token of adding ``change`` (rows, columns) to a linear layer."""
+    total = 0.0
+    for start in range(0, change.shape[0], 8192):
+        part = change[start : start + 8192]
+        quadratic = ((part @ moments.weighted) * part).sum(dim=1)
+        total += 0.5 * float((quadratic.clamp_min(0) * moments.fisher[start : start + 8192]).sum())
+    return total
+
+
+def embedding_damage(change: torch.Tensor, moments: HeadMoments) -> float:
+    """The same for the embedding's rows (vocab, hidden), weighted by how often each is read."""
+    per_row = change.square() @ moments.input_fisher
+    return 0.5 * float((per_row * moments.token_share).sum())
+
+
+@dataclass
+class Correction:
+    """Factors by which the predicted damage of a (group, type) is off, from measured KL.
+
+    A factor is measured / predicted for the replacement of a whole group. A type or
+    group that was not measured takes the geometric mean of the factors nearest to it.
+    """
+
+    factors: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    def learn(self, group_name: str, type_name: str, predicted: float, measured: float) -> None:
+        """Keep one measurement; noise below zero is held at a tenth of the prediction."""
+        if predicted <= 0:
+            return
+        self.factors[group_name, type_name] = max(measured, 0.1 * predicted) / predicted
+
+    def factor(self, group_name: str, type_name: str) -> float:
+        """The factor for a group and type."""
+        exact = self.factors.get((group_name, type_name))
+        if exact is not None:
+            return exact
+        same_group = [f for (g, _), f in self.factors.items() if g == group_name]
+        same_type = [f for (_, t), f in self.factors.items() if t == type_name]
+        return _geometric_mean(same_group or same_type or self.factors.values())
+
+
+def _geometric_mean(values: Iterable[float]) -> float:
+    logs = [math.log(v) for v in values]
+    return math.exp(sum(logs) / len(logs)) if logs else 1.0

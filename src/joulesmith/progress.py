@@ -1,0 +1,105 @@
+"""Progress of long work, with the time left. Knows nothing of what the work is.
+
+A terminal gets one live line; a pipe or a log gets a plain line now and then.
+The estimate starts from each stage's expected share and is rescaled by the time
+that the finished part really took.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TextIO
+
+from joulesmith.units import duration
+
+Tick = Callable[[float], None]
+"""Called with the share of a stage that is done, 0 to 1."""
+
+
+def silent(_: float) -> None:
+    """A tick that shows nothing."""
+
+
+class Progress:
+    """Stages with expected costs (any unit; only their proportions matter).
+
+    >>> with Progress({"load": 1, "measure": 9}).stage("load") as tick:
+    ...     tick(0.5)
+    """
+
+    def __init__(
+        self,
+        expected: Mapping[str, float],
+        stream: TextIO | None = None,
+        every: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.expected = dict(expected)
+        self.stream = stream if stream is not None else sys.stderr
+        self.every = every
+        self.clock = clock
+        self.started = clock()
+        self.done: dict[str, float] = {}
+        self._live = bool(getattr(self.stream, "isatty", lambda: False)())
+        self._last = -1e9
+        self._width = 0
+
+    def skip(self, name: str, why: str = "done before") -> None:
+        """Leave a stage out of what is still to do."""
+        self.expected[name] = 0.0
+        self.say(f"{name}: {why}")
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self._clear()
+        print(text, file=self.stream, flush=True)
+
+    def left(self, name: str, share: float) -> float | None:
+        """Seconds left over all stages, ``None`` while there is nothing to go by."""
+        elapsed = self.clock() - self.started
+        before = sum(self.expected.get(n, 0.0) for n in self.done)
+        now = self.expected.get(name, 0.0)
+        progressed = before + now * share
+        if progressed <= 0 or elapsed < 1.0:
+            return None
+        todo = sum(c for n, c in self.expected.items() if n not in self.done) - now * share
+        return max(0.0, todo) * elapsed / progressed
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Tick]:
+        """Run one stage; yields the tick. Stages may be nested only by the caller's own ticks."""
+        self.expected.setdefault(name, 0.0)
+        begun = self.clock()
+        self._show(name, 0.0, force=not self._live)
+
+        def tick(share: float) -> None:
+            self._show(name, min(1.0, max(0.0, share)))
+
+        yield tick
+        self.done[name] = self.clock() - begun
+        self.say(f"{name}: {duration(self.done[name])}")
+
+    def _show(self, name: str, share: float, force: bool = False) -> None:
+        now = self.clock()
+        if not force and now - self._last < (0.2 if self._live else self.every):
+            return
+        self._last = now
+        left = self.left(name, share)
+        tail = f"about {duration(left)} left" if left is not None else "estimating the time left"
+        total = max(len([n for n, c in self.expected.items() if c > 0 or n in self.done]), 1)
+        line = f"[{min(len(self.done) + 1, total)}/{total}] {name} {share:4.0%} · {tail}"
+        if self._live:
+            self._clear()
+            self.stream.write("\r" + line)
+            self.stream.flush()
+            self._width = len(line)
+        else:
+            print(line, file=self.stream, flush=True)
+
+    def _clear(self) -> None:
+        if self._live and self._width:
+            self.stream.write("\r" + " " * self._width + "\r")
+            self._width = 0

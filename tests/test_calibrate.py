@@ -1,0 +1,111 @@
+"""Streamed moments against a plain forward and backward of the whole model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from joulesmith.calibrate import HeadMoments, Moments, calibrate  # noqa: E402
+from joulesmith.errors import JoulesmithError  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tiny() -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def run(
+    module: torch.nn.Module, windows: np.ndarray, **settings: object
+) -> tuple[dict[str, Moments], HeadMoments]:
+    found: dict[str, Moments] = {}
+
+    def visit(i: int, moments: object) -> None:
+        for name, m in moments.items():  # type: ignore[attr-defined]
+            found[f"{i}.{name}"] = m
+
+    return found, calibrate(module, windows, visit, **settings)  # type: ignore[arg-type]
+
+
+def test_input_moments_equal_a_plain_forward(tiny: torch.nn.Module, tmp_path: Path) -> None:
+    windows = np.random.default_rng(0).integers(0, 50, (5, 12)).astype(np.int32)
+    found, head = run(tiny, windows, batch=2, scratch=tmp_path)
+    assert len(found) == 3 * 7
+    seen: dict[str, list[torch.Tensor]] = {}
+    handles = []
+    for i, layer in enumerate(tiny.model.layers):
+        for name, m in layer.named_modules():
+            if isinstance(m, torch.nn.Linear):
+                handles.append(
+                    m.register_forward_hook(
+                        lambda _m, a, _o, key=f"{i}.{name}": seen.setdefault(key, []).append(a[0])
+                    )
+                )
+    handles.append(
+        tiny.lm_head.register_forward_hook(lambda _m, a, _o: seen.setdefault("h", []).append(a[0]))
+    )
+    with torch.no_grad():
+        logits = tiny(torch.from_numpy(windows).long()).logits
+    for h in handles:
+        h.remove()
+    for key, m in found.items():
+        x = seen[key][0].reshape(-1, m.hessian.shape[0])
+        torch.testing.assert_close(m.hessian, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+        assert m.tokens == 60
+    x = seen["h"][0].reshape(-1, 16)
+    torch.testing.assert_close(head.head.hessian, x.T @ x / 60, rtol=1e-4, atol=1e-5)
+    p = torch.softmax(logits, -1).reshape(-1, 50)
+    torch.testing.assert_close(head.head.fisher, (p * (1 - p)).mean(0), rtol=1e-4, atol=1e-7)
+    assert float(head.token_share.sum()) == pytest.approx(1)
+    assert not list(tmp_path.iterdir()), "scratch files stay behind"
+
+
+def test_fisher_predicts_the_kl_of_a_small_change(tiny: torch.nn.Module) -> None:
+    """Second-order damage of a random change agrees with the true KL to within a factor of 2."""
+    from joulesmith.plan.damage import linear_damage
+
+    windows = np.random.default_rng(1).integers(0, 50, (64, 16)).astype(np.int32)
+    found, _ = run(tiny, windows, batch=16)
+    tokens = torch.from_numpy(windows).long()
+    with torch.no_grad():
+        before = torch.log_softmax(tiny(tokens).logits, -1)
+    for key in ("0.mlp.down_proj", "2.mlp.up_proj", "1.self_attn.v_proj"):
+        index, _, name = key.partition(".")
+        weight = tiny.model.layers[int(index)].get_submodule(name).weight
+        true, predicted = 0.0, 0.0
+        for seed in range(6):
+            change = 3e-3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+            kept = weight.data.clone()
+            with torch.no_grad():
+                weight.add_(change)
+                after = torch.log_softmax(tiny(tokens).logits, -1)
+                weight.copy_(kept)
+            true += float((before.exp() * (before - after)).sum(-1).double().mean())
+            predicted += linear_damage(change, found[key])
+        assert 0.5 < predicted / true < 2.0, (key, predicted, true)
+
+
+def test_unknown_structure_is_refused() -> None:
+    with pytest.raises(JoulesmithError, match="structure of Linear"):
+        run(torch.nn.Linear(2, 2), np.zeros((1, 4), np.int32))
+
+
+def test_same_seed_same_moments(tiny: torch.nn.Module) -> None:
+    windows = np.random.default_rng(2).integers(0, 50, (4, 8)).astype(np.int32)
+    a, _ = run(tiny, windows, seed=1)
+    b, _ = run(tiny, windows, seed=1)
+    assert all(torch.equal(a[k].weighted, b[k].weighted) for k in a)
