@@ -237,7 +237,8 @@ def _scalar(value: Any, kind: ValueType) -> bytes:
 
 def _raw(data: Data) -> memoryview:
     if isinstance(data, np.ndarray):
-        return memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8)).cast("B")
+        flat: Any = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        return memoryview(flat)
     return memoryview(data).cast("B")
 
 
