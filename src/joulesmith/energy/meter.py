@@ -112,7 +112,6 @@ class EnergyMeter:
         self._rapl = _rapl.Rapl(rapl_root)
         self._nvml = _nvml.Nvml(nvml)
         self._model = CpuPower.detect() if cpu_model is None else cpu_model
-        self._given_idle = cpu_model is not None and cpu_model.dram_watts == 0.0
         self._others = OthersLoad(self._model.cpus)
         self._idle: dict[str, float] = {}
         self._stop = threading.Event()
@@ -156,13 +155,11 @@ class EnergyMeter:
         Without it the idle power of a counted device is unknown, and so is `Reading.marginal`.
         """
         start = self._snapshot(opening=True)
-        self._stop.wait(seconds) if self._thread is None else time.sleep(seconds)
+        time.sleep(seconds)
         end = self._snapshot(opening=False)
         with self._lock:
-            for device, joules in {
-                **_deltas(start.rapl, end.rapl),
-                **self._gpus(start, end),
-            }.items():
+            counted = {**_deltas(start.rapl, end.rapl), **self._gpus(start, end)}
+            for device, joules in counted.items():
                 if joules is not None and end.t > start.t:
                     self._idle[device] = joules / (end.t - start.t)
 

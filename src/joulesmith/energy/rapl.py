@@ -28,7 +28,7 @@ _MICRO = 1e-6
 
 @dataclass(frozen=True)
 class Zone:
-    """One counted zone: its name ("package-0", "dram-0", "psys"), folder and range in microjoules."""
+    """One counted zone: its name ("package-0", "dram-0", "psys"), folder, range in µJ."""
 
     name: str
     folder: Path
