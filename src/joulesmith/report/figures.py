@@ -1,0 +1,94 @@
+"""How figures are written for people. Unknown is "unknown", never 0. Knows no layout."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from joulesmith import units
+
+UNKNOWN = "unknown"
+PEDIGREES = {
+    "measured": ("●", "read from an energy counter of the machine"),
+    "modelled": ("◐", "from a power model driven by measured time and load, with an interval"),
+    "assumed": ("○", "from a published constant, not from this machine"),
+}
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def clean(text: str) -> str:
+    """Control and direction-changing characters made visible as U+FFFD.
+
+    Names come from files and hubs: they must neither drive a terminal nor
+    break the XML of a chart.
+    """
+    return _CONTROL.sub("\ufffd", text)
+
+
+def known(value: float | None) -> bool:
+    """Whether there is a finite figure."""
+    return value is not None and math.isfinite(value)
+
+
+def joules(value: float | None) -> str:
+    """``"62.1 mJ"``."""
+    return units.si(value, "J") if value is not None and math.isfinite(value) else UNKNOWN
+
+
+def seconds(value: float | None) -> str:
+    """``"1.2 ms"``."""
+    return units.si(value, "s") if value is not None and math.isfinite(value) else UNKNOWN
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """``"31.0 mJ to 93.2 mJ"``; a missing end makes the whole unknown."""
+    if not (known(low) and known(high)):
+        return UNKNOWN
+    return f"{joules(low)} to {joules(high)}"
+
+
+def rate(seconds_per_token: float | None) -> str:
+    """Tokens per second from seconds per token."""
+    if seconds_per_token is None or not math.isfinite(seconds_per_token) or seconds_per_token <= 0:
+        return UNKNOWN
+    value = 1 / seconds_per_token
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def size(n_bytes: int | None) -> str:
+    """``"98.4 MB"``."""
+    return UNKNOWN if n_bytes is None else units.size(n_bytes)
+
+
+def fixed(value: float | None, digits: int) -> str:
+    """A number with ``digits`` decimals."""
+    return f"{value:,.{digits}f}" if value is not None and math.isfinite(value) else UNKNOWN
+
+
+def small(value: float | None) -> str:
+    """Three significant digits, for KL and damage."""
+    return f"{value:.3g}" if value is not None and math.isfinite(value) else UNKNOWN
+
+
+def count(value: int | None) -> str:
+    """``"49,152"``."""
+    return UNKNOWN if value is None else f"{value:,}"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """``percent(0.9123) == "91.2 %"``."""
+    return f"{100 * share:.{digits}f} %" if share is not None and math.isfinite(share) else UNKNOWN
+
+
+def change(before: float | None, after: float | None) -> str:
+    """``change(100, 68) == "-32.0 %"`` with a true minus sign."""
+    if before is None or after is None or not known(before) or not known(after) or before == 0:
+        return UNKNOWN
+    share = after / before - 1
+    sign = "−" if share < 0 else "+"
+    return f"{sign}{abs(100 * share):.1f} %"
+
+
+def parameters(n: int) -> str:
+    """``"135 M"``."""
+    return units.si(n, "").strip()
