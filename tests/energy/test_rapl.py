@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+
+import pytest
+from fake_counters import MAX_UJ, zone
+from hypothesis import given
+from hypothesis import strategies as st
+
+from joulesmith.energy.rapl import Rapl, Zone
+
+
+def test_nothing_there_is_quiet(tmp_path: Path) -> None:
+    r = Rapl(tmp_path / "absent")
+    assert r.zones == () and r.notes == [] and r.read() == {}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_two_sockets_dram_added_core_and_psys_not(tmp_path: Path, nested: bool) -> None:
+    base = tmp_path / "intel-rapl" if nested else tmp_path
+    files = {}
+    for k in (0, 1):
+        top = base / f"intel-rapl:{k}"
+        files[f"package-{k}"] = zone(top, f"package-{k}", 100)
+        inside = top if nested else tmp_path
+        zone(inside / f"intel-rapl:{k}:0", "core", 100)
+        zone(inside / f"intel-rapl:{k}:1", "uncore", 100)
+        files[f"dram-{k}"] = zone(inside / f"intel-rapl:{k}:2", "dram", 100)
+    zone(base / "intel-rapl:2", "psys", 100)
+    r = Rapl(tmp_path)
+    assert [z.name for z in r.zones] == ["package-0", "dram-0", "package-1", "dram-1"]
+    for i, f in enumerate(files.values()):
+        f.write_text(str(100 + (i + 1) * 1_000_000))
+    got = r.read()
+    assert {n: got[n] for n in files} == pytest.approx(
+        {n: float(i + 1) for i, n in enumerate(files)}
+    )
+
+
+def test_psys_alone_is_used(tmp_path: Path) -> None:
+    f = zone(tmp_path / "intel-rapl:0", "psys", 0)
+    r = Rapl(tmp_path)
+    f.write_text("2500000")
+    assert r.read() == pytest.approx({"psys": 2.5})
+
+
+def test_memory_mapped_view_is_not_counted_twice(tmp_path: Path) -> None:
+    zone(tmp_path / "intel-rapl:0", "package-0", 0)
+    zone(tmp_path / "intel-rapl-mmio:0", "package-0", 0)
+    assert len(Rapl(tmp_path).zones) == 1
+
+
+def test_memory_mapped_view_alone_is_used(tmp_path: Path) -> None:
+    zone(tmp_path / "intel-rapl-mmio:0", "package-0", 0)
+    assert [z.name for z in Rapl(tmp_path).zones] == ["package-0"]
+
+
+def test_wraparound(tmp_path: Path) -> None:
+    f = zone(tmp_path / "intel-rapl:0", "package-0", MAX_UJ - 1_000_000)
+    r = Rapl(tmp_path)
+    f.write_text("500000")
+    assert r.read()["package-0"] == pytest.approx(1.5)
+    f.write_text("700000")
+    assert r.read()["package-0"] == pytest.approx(1.7)
+
+
+@given(st.lists(st.integers(0, MAX_UJ), min_size=1, max_size=20))
+def test_cumulative_joules_equal_the_steps_modulo_the_range(values: list[int]) -> None:
+    """Against a second way of counting: each step is taken modulo the range."""
+    left = iter(values)
+
+    class Scripted(Rapl):
+        def _counter(self, zone: Zone) -> int | None:
+            return next(left)
+
+    r = Scripted(Path("/nonexistent"))
+    r.zones = (Zone("package-0", Path("x"), MAX_UJ),)
+    r._last, r._joules = {"package-0": 0}, {"package-0": 0.0}
+    seen = [r.read()["package-0"] for _ in values]
+    steps = [(b - a) % MAX_UJ for a, b in zip([0, *values], values, strict=False)]
+    # A full turn and no move look alike modulo the range; both ends are allowed values.
+    total = 0.0
+    for (a, b), s, got in zip(zip([0, *values], values, strict=False), steps, seen, strict=True):
+        total += (MAX_UJ if (a == 0 and b == MAX_UJ) else s) * 1e-6
+        assert got == pytest.approx(total, rel=1e-9, abs=1e-6)
+    assert seen == sorted(seen) and seen[0] >= 0
+
+
+def test_without_a_range_a_smaller_value_is_a_fresh_start(tmp_path: Path) -> None:
+    f = zone(tmp_path / "intel-rapl:0", "package-0", 9_000_000, range_uj="garbage")
+    r = Rapl(tmp_path)
+    f.write_text("1000000")
+    assert r.read()["package-0"] == pytest.approx(1.0)
+
+
+def test_unreadable_counter_says_which_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zone(tmp_path / "intel-rapl:0", "package-0", 5)
+    real = builtins.open
+
+    def refuse(file, *a, **k):  # type: ignore[no-untyped-def]
+        if str(file).endswith("energy_uj") and "max" not in str(file):
+            raise PermissionError(13, "Permission denied")
+        return real(file, *a, **k)
+
+    monkeypatch.setattr(builtins, "open", refuse)
+    r = Rapl(tmp_path)
+    assert r.zones == ()
+    assert len(r.notes) == 1 and "sudo chmod a+r" in r.notes[0] and "not readable" in r.notes[0]
+
+
+@pytest.mark.parametrize("junk", ["", "x", "-5", "1.5", "\x00\xff", str(MAX_UJ * 9)])
+def test_garbage_is_a_note_never_a_joule(tmp_path: Path, junk: str) -> None:
+    f = zone(tmp_path / "intel-rapl:0", "package-0", 5)
+    r = Rapl(tmp_path)
+    f.write_text(junk)
+    assert r.read() == {} and len(r.notes) == 1
+    f.write_text("1000005")  # it comes back: nothing was lost
+    assert r.read()["package-0"] == pytest.approx(1.0)
+
+
+def test_vanishing_file(tmp_path: Path) -> None:
+    f = zone(tmp_path / "intel-rapl:0", "package-0", 5)
+    r = Rapl(tmp_path)
+    f.unlink()
+    assert r.read() == {} and "cannot read" in r.notes[0]
