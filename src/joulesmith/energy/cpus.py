@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 
 _WATTS_PER_CORE = {"server": 4.0, "arm": 2.0, "desktop": 10.0, "laptop": 4.0}
-"""Fallback by class: rounded medians of the table's TDP per core."""
+"""Fallback by class: TDP per core of the table's rows of the last ten years, rounded."""
 _CORES = {"server": 64, "arm": 64}
 """Cores of the socket behind a virtual machine on an unknown processor."""
 _BOARDS = (
