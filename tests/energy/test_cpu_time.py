@@ -109,3 +109,9 @@ def test_a_short_window_borrows_the_last_second() -> None:
     assert o.load((1.08, 1.08, 0.0), (1.1, 1.1, 0.0)) == pytest.approx(0.5)
     assert o.load((9.0, 9.0, 0.0), (9.1, 9.1, 0.0)) is None  # too old to tell
     o.add(2.0, None, 1.0)
+
+
+def test_a_young_meter_uses_the_history_it_has() -> None:
+    o = OthersLoad(cpus=2)
+    o.add(0.0, 0.0, 0.0)
+    assert o.load((0.1, 0.1, 0.0), (0.2, 0.2, 0.0)) == pytest.approx(0.5)

@@ -180,9 +180,10 @@ class OthersLoad:
         if start[1] is not None and start[2] is not None and end[0] - start[0] >= self.span:
             first = (start[0], start[1], start[2])
         else:
-            old = [p for p in list(self._points) if end[0] - p[0] >= self.span / 2]
-            if old:
-                first = next((p for p in old if end[0] - p[0] <= 2 * self.span), None)
+            # A young meter has less history: a tenth of the span is some ten ticks, enough
+            # to tell a busy machine from an idle one.
+            ages = ((p, end[0] - p[0]) for p in self._points)
+            first = next((p for p, a in ages if self.span / 10 <= a <= 1.5 * self.span), None)
         if first is None:
             return None
         seconds = end[0] - first[0]
