@@ -69,6 +69,10 @@ def front(result: Result, width: int, height: int, name: str) -> str | None:
         return (y1 - kept) / (y1 - y0) * height
 
     rows = [_front_row(p, y0 + 0.5 * pad) for p in points]
+    if any(p.kind == "plan" and p.measured for p in points):
+        for p, row in zip(points, rows, strict=True):
+            if p.kind == "plan" and not p.measured:
+                row["label"] = ""  # the hollow mark beside the plan's; the legend names it
     named = sorted((r for r in rows if r["label"]), key=lambda r: r["order"])
     spots = labels.place(
         [(px(r["x"]), py(r["y"]), r["label"]) for r in named],
@@ -91,7 +95,7 @@ def front(result: Result, width: int, height: int, name: str) -> str | None:
     x = x.scale(domain=[x0, x1], nice=False)
     y = alt.Y("y:Q", title="kept quality").scale(domain=[y0, y1], nice=False)
     x = x.axis(tickCount=max(3, width // 110), grid=False)
-    y = y.axis(tickCount=6, format=".3f" if y1 - y0 < 0.05 else ".2f")
+    y = y.axis(tickCount=6, titlePadding=12, format=".3f" if y1 - y0 < 0.05 else ".2f")
     layers = [
         alt.Chart(_data([{"y": result.keep}]))
         .mark_rule(stroke=light("fail"), strokeWidth=1.5, strokeDash=[6, 4])
@@ -182,7 +186,11 @@ def type_keys(tensors: Sequence[TensorChoice]) -> dict[str, Key]:
     if len(set(short.values())) < len(short):
         short = dict.fromkeys(types, "")
     keys = {
-        t: Key(c, f"{figures.clean(t)}, {bits[t]:.3g} bits per weight", figures.clean(short[t]))
+        t: Key(
+            c,
+            f"{figures.clean(t)}, {figures.small(bits[t])} bits per weight",
+            figures.clean(short[t]),
+        )
         for t, c in zip(types, names, strict=True)
     }
     return dict(reversed(keys.items()))
@@ -247,10 +255,13 @@ def layer_map(result: Result, what: str, name: str, *, tall: bool) -> str | None
     step = (44.0 if len(roles) <= 7 else 300 / len(roles), 21.0) if tall else (0.0, 27.0)
     across, down = (roles, layers) if tall else (layers, roles)
     if not tall:
-        step = (min(31.0, 900 / len(layers)), 27.0)
+        step = (min(35.0, 1030 / len(layers)), 27.0)
     every = max(1, round(13 / step[0])) if not tall else 1
     layer_axis: dict[str, Any] = {"title": "layer", "values": layers[::every], "labelAngle": 0}
     role_axis: dict[str, Any] = {"title": None, "labelLimit": 150, "labelPadding": 6}
+    # The renderer measures text in its own font; the page's may be wider.
+    room = 7.4 * max(len(figures.clean(r)[:24]) for r in roles) + 8
+    role_axis["minExtent"] = room * 0.77 if tall else room
     if tall:
         role_axis |= {"orient": "top", "labelAngle": -50}
     names = [figures.clean(r)[:24] for r in roles]
@@ -284,8 +295,9 @@ def layer_map(result: Result, what: str, name: str, *, tall: bool) -> str | None
 
 def _tensor_title(t: TensorChoice) -> str:
     return (
-        f"{figures.clean(t.tensor)}: {figures.clean(t.type)}, {t.bits_per_weight:.3g} bits per "
-        f"weight, damage {figures.small(t.damage)} nats, {figures.joules(t.joules)} per token"
+        f"{figures.clean(t.tensor)}: {figures.clean(t.type)}, "
+        f"{figures.small(t.bits_per_weight)} bits per weight, "
+        f"damage {figures.small(t.damage)} nats, {figures.joules(t.joules)} per token"
     )
 
 

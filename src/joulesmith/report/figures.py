@@ -30,21 +30,31 @@ def known(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
+def _si(value: float | None, unit: str) -> str:
+    """Three significant digits, zeros kept: columns of figures then line up."""
+    if value is None or not math.isfinite(value):
+        return UNKNOWN
+    number, _, name = units.si(value, unit).partition(" ")
+    return f"{float(number):#.3g}".rstrip(".") + f" {name}"
+
+
 def joules(value: float | None) -> str:
     """``"62.1 mJ"``."""
-    return units.si(value, "J") if value is not None and math.isfinite(value) else UNKNOWN
+    return _si(value, "J")
 
 
 def seconds(value: float | None) -> str:
-    """``"1.2 ms"``."""
-    return units.si(value, "s") if value is not None and math.isfinite(value) else UNKNOWN
+    """``"1.20 ms"``."""
+    return _si(value, "s")
 
 
 def interval(low: float | None, high: float | None) -> str:
-    """``"31.0 mJ to 93.2 mJ"``; a missing end makes the whole unknown."""
+    """``"31.0 to 93.2 mJ"``; a missing end makes the whole unknown."""
     if not (known(low) and known(high)):
         return UNKNOWN
-    return f"{joules(low)} to {joules(high)}"
+    first, last = joules(low), joules(high)
+    number, _, unit = first.partition(" ")
+    return f"{number if last.endswith(f' {unit}') else first} to {last}"
 
 
 def rate(seconds_per_token: float | None) -> str:
@@ -57,7 +67,12 @@ def rate(seconds_per_token: float | None) -> str:
 
 def size(n_bytes: int | None) -> str:
     """``"98.4 MB"``."""
-    return UNKNOWN if n_bytes is None else units.size(n_bytes)
+    return _si(n_bytes, "B")
+
+
+def duration(seconds: float) -> str:
+    """``"1 min 15 s"``."""
+    return units.duration(seconds) if math.isfinite(seconds) else UNKNOWN
 
 
 def fixed(value: float | None, digits: int) -> str:
@@ -67,7 +82,9 @@ def fixed(value: float | None, digits: int) -> str:
 
 def small(value: float | None) -> str:
     """Three significant digits, for KL and damage."""
-    return f"{value:.3g}" if value is not None and math.isfinite(value) else UNKNOWN
+    if value is None or not math.isfinite(value):
+        return UNKNOWN
+    return f"{value:#.3g}".rstrip(".") if value else "0"
 
 
 def count(value: int | None) -> str:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from joulesmith.atomic import atomic_path
 from joulesmith.errors import MissingExtraError
 from joulesmith.report import charts, figures, palette, view
-from joulesmith.report.result import Energy, Result, Run
-from joulesmith.units import duration
+from joulesmith.report.result import Result
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -36,7 +35,7 @@ def render_page(result: Result) -> str:
     pictures = {
         key: None if svg is None else safe(svg)
         for key, svg in {
-            "front_wide": charts.front(result, 960, 430, "fw"),
+            "front_wide": charts.front(result, 1060, 440, "fw"),
             "front_narrow": charts.front(result, 290, 350, "fn"),
             "types_wide": charts.layer_map(result, "type", "tw", tall=False),
             "types_narrow": charts.layer_map(result, "type", "tn", tall=True),
@@ -94,7 +93,7 @@ def _environment() -> Environment:
         "count": figures.count,
         "percent": figures.percent,
         "times": view.times,
-        "duration": duration,
+        "duration": figures.duration,
         "short_number": figures.parameters,
     }
     env.globals |= {
@@ -139,8 +138,9 @@ def _ratios(result: Result) -> list[dict[str, Any]]:
     kinds = {r.name: r.kind for r in result.runs}
     # One far-off reference (an engine ten times slower) must not flatten the rest.
     near = sorted(r.high for r in result.ratios)[int(0.75 * (len(result.ratios) - 1))]
+    most = max(r.high for r in result.ratios)
     low = min(1.0, *(r.low for r in result.ratios)) - 0.02
-    high = max(1.0, min(max(r.high for r in result.ratios), 2.5 * near)) + 0.02
+    high = max(1.0, most if most < 2 * near else 1.15 * near) + 0.02
     groups = []
     for phase in ("workload", "decode", "prefill"):
         rows = []
@@ -194,6 +194,3 @@ def _type_counts(result: Result) -> list[dict[str, Any]]:
         share = sum(t.rows * t.columns for t in some) / weights
         out.append({"type": kind, "tensors": len(some), "share": share})
     return out
-
-
-__all__ = ["Energy", "Run", "render_page", "write_page"]

@@ -27,7 +27,7 @@ PAIRS: dict[str, tuple[str, str]] = {
     "bits0": ("#ebf0c4", "#16305c"),
     "bits1": ("#c7e9b4", "#1e4a86"),
     "bits2": ("#7fcdbb", "#236a9f"),
-    "bits3": ("#41b6c4", "#2787a6"),
+    "bits3": ("#41b6c4", "#207591"),
     "bits4": ("#18759c", "#45b5bd"),
     "bits5": ("#23509a", "#85cfb9"),
     "bits6": ("#232f7e", "#c5e6ae"),

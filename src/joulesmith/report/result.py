@@ -19,7 +19,8 @@ PedigreeName = Literal["measured", "modelled", "assumed"]
 
 
 class _Shape(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Without "strings" a NaN is saved as null and the file cannot be read back.
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
 
 
 class Energy(_Shape):

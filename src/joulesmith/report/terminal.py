@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from joulesmith.report import figures, view
-from joulesmith.report.result import Energy, Result, Run
+from joulesmith.report.result import Energy, Ratio, Result, Run
 
 
 def render_terminal(result: Result, console: Console, page: Path | None = None) -> None:
@@ -22,17 +22,20 @@ def render_terminal(result: Result, console: Console, page: Path | None = None) 
 
     def say(text: str, style: str = "") -> Text:
         """User text, never read as markup, in characters that the terminal has."""
-        safe = figures.clean(text).encode(encoding, "replace").decode(encoding)
+        safe = figures.clean(text)
+        try:
+            safe.encode(encoding)
+        except UnicodeEncodeError:
+            plain = safe.replace("µ", "u").replace("±", "+-")
+            safe = plain.encode(encoding, "replace").decode(encoding)
         return Text(safe, style=style, overflow="fold")
 
     passed = result.status == "passed"
     console.print(say(result.verdict, "bold green" if passed else "bold yellow"))
     head = view.headline(result)
     if head.number is not None:
-        number = head.number.replace("×", "x")
-        console.print(
-            say(f"{number} {_without_times(head.claim)} {head.against} ({head.interval})")
-        )
+        number, name = head.number.replace("×", "x"), result.headline_baseline
+        console.print(say(f"{number} {head.claim} {name}{head.against} ({head.interval})"))
 
     before, after = view.baseline_run(result), view.plan_run(result)
     table = Table(box=SIMPLE, pad_edge=False, show_edge=False, padding=(0, 1))
@@ -47,7 +50,7 @@ def render_terminal(result: Result, console: Console, page: Path | None = None) 
             f"J/token, {phase}",
             say(_joules(a)),
             say(_joules(b)),
-            say(f"{view.times(ratio.ratio)}x less" if ratio else "unknown"),
+            say(_times(ratio)),
         )
     for label, cells in _rows(before, after):
         table.add_row(label, *(say(c) for c in cells))
@@ -101,12 +104,17 @@ def _joules(energy: Energy | None) -> str:
     return figures.joules(None if energy is None else energy.joules)
 
 
+def _times(ratio: Ratio | None) -> str:
+    """A ratio as a change: ``"1.28x less"``, ``"1.20x more"``."""
+    if ratio is None or not figures.known(ratio.ratio) or ratio.ratio <= 0:
+        return figures.UNKNOWN
+    if ratio.ratio < 1:
+        return f"{view.times(1 / ratio.ratio)}x more"
+    return f"{view.times(ratio.ratio)}x less"
+
+
 def _clip(name: str) -> str:
     return name if len(name) <= 24 else f"{name[:10]}...{name[-11:]}"
-
-
-def _without_times(claim: str) -> str:
-    return claim.removeprefix("times ")
 
 
 def _pedigree(before: Run | None, after: Run | None) -> str:

@@ -27,6 +27,7 @@ class Headline:
     claim: str
     """"fewer joules per token than", or what the interval leaves of that."""
     against: str
+    """What the baseline is, as it follows its name; empty when its run is unknown."""
     interval: str
 
 
@@ -64,16 +65,17 @@ def claim(ratio: Ratio) -> str:
 def headline(result: Result) -> Headline:
     """The headline ratio: the workload's, against the file the user would run today."""
     run = baseline_run(result)
-    what = "" if run is None else f", {KINDS[run.kind]}, on {run.engine}"
-    against = f"{result.headline_baseline}{what}"
+    against = "" if run is None else f", {KINDS[run.kind]}, on {run.engine}"
     ratio = ratio_for(result, "workload")
     if ratio is None or not figures.known(ratio.ratio):
-        return Headline(None, "joules against the baseline are unknown", against, "")
+        return Headline(
+            None, "Ratio unknown: joules per token could not be compared with", against, ""
+        )
     said = claim(ratio)
     if said == "fewer joules per token":
-        number, said = ratio.ratio, "times fewer joules per token than"
+        number, said = ratio.ratio, "fewer joules per token than"
     elif said == "more joules per token":
-        number, said = 1 / ratio.ratio, "times more joules per token than"
+        number, said = 1 / ratio.ratio, "more joules per token than"
         low, high = 1 / ratio.high, 1 / ratio.low
         ratio = ratio.model_copy(update={"low": low, "high": high})
     else:
