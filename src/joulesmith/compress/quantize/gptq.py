@@ -1,0 +1,191 @@
+"""Rounding with error feedback: GPTQ onto the block grids of GGUF.
+
+Each column's rounding error is pushed onto the columns not yet rounded, so that
+the layer's output changes least: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ"
+(2022), algorithm 1, with columns visited in order of decreasing Hessian
+diagonal ("act-order"). Scales are fixed before the first column is rounded,
+since a GGUF block is a run of neighbouring columns and the order is not.
+Afterwards `refine.descend` improves scales and codes together.
+
+Tensors in, packed bytes out. Knows no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from joulesmith.compress.quantize.grids import Array, Bytes, Format, Grid, Lattice, rows_of
+from joulesmith.compress.quantize.refine import descend
+from joulesmith.errors import JoulesmithError
+
+ROWS = 2048
+"""Rows rounded at a time, which bounds memory: rows do not depend on each other."""
+LAZY = 32
+"""Columns whose feedback is gathered before it reaches the columns beyond (GPTQ, section 3.3)."""
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What one Hessian offers to all matrices that share their input.
+
+    hessian: (n, n) float32, damped, symmetric. order: (n,) the visiting order.
+    feedback: (n, n) float32, upper triangular, in that order: the Cholesky factor
+    of the inverse (GPTQ, equation 5 and step 3).
+    """
+
+    hessian: Tensor
+    order: Tensor
+    feedback: Tensor
+
+    @property
+    def importance(self) -> Tensor:
+        """(n,) what a squared error in each column costs once the others make up for it."""
+        cost = torch.empty_like(self.order, dtype=torch.float32)
+        cost[self.order] = self.feedback.diagonal().square().reciprocal()
+        return cost
+
+
+def curvature(hessian: Array, *, damping: float = 0.01) -> Curvature:
+    """hessian (n, n), e.g. the sum over tokens of ``x x^T`` -> `Curvature`.
+
+    damping: added to the diagonal, as a share of its mean; raised tenfold until
+    the matrix is safely positive definite. Columns that were never active
+    (zero diagonal) count as average ones: they are rounded to nearest.
+    Raises `JoulesmithError` where the matrix is not square, finite and symmetric.
+    """
+    h = torch.as_tensor(hessian).detach().to(device="cpu", dtype=torch.float64)
+    if h.ndim != 2 or h.shape[0] != h.shape[1]:
+        raise JoulesmithError(f"a Hessian is square, not {tuple(h.shape)}")
+    if not bool(torch.isfinite(h).all()):
+        raise JoulesmithError(
+            "the Hessian holds NaN or infinity: check the calibration activations"
+        )
+    if damping < 0:
+        raise JoulesmithError(f"damping must not be negative, and is {damping}")
+    h = (h + h.T) / 2
+    diagonal = h.diagonal()
+    if bool((diagonal < 0).any()):
+        raise JoulesmithError("the Hessian has a negative diagonal: it is no sum of squares")
+    dead = diagonal <= 0
+    mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
+    h = h / mean  # only proportions matter, and they fit float32
+    h[dead] = 0
+    h[:, dead] = 0
+    h.diagonal()[dead] = 1.0
+    # float64 rounding needs this much at least, whatever was asked for
+    ridge = max(damping, 1e-7)
+    order = torch.argsort(h.diagonal(), descending=True, stable=True)
+    for _ in range(10):
+        damped = h.clone()
+        damped.diagonal().add_(ridge)
+        factor = _inverse_factor(damped[order][:, order])
+        if factor is not None:
+            return Curvature(damped.float(), order, factor.float())
+        ridge *= 10
+    raise JoulesmithError("the Hessian is far from positive semidefinite: check the calibration")
+
+
+def _inverse_factor(h: Tensor) -> Tensor | None:
+    """Upper U with ``U^T U = h^-1``, without forming the inverse.
+
+    Reversing rows and columns turns the wanted factor into the inverse of an
+    ordinary Cholesky factor: one triangular solve instead of two.
+    """
+    lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+    if int(info) != 0:
+        return None
+    eye = torch.eye(len(h), dtype=h.dtype)
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+    return inverse.flip(0, 1) if bool(torch.isfinite(inverse).all()) else None
+
+
+def feedback_codes(w: Tensor, c: Curvature, grid: Grid, lattice: Lattice) -> Tensor:
+    """GPTQ's loop: w (rows, n) and fixed scales -> codes (rows, n) uint8."""
+    rows, n = w.shape
+    left = w.T[c.order].contiguous()  # (n, rows): a column is one run of memory
+    level = torch.empty_like(left)
+    group = c.order // grid.group
+    step = lattice.step.T.contiguous()
+    inverse = torch.where(step == 0, torch.zeros_like(step), step.reciprocal())
+    offset = None if lattice.offset is None else lattice.offset.T.contiguous()
+    groups = group.tolist()
+    diagonal = c.feedback.diagonal().tolist()
+    error = torch.empty(LAZY, rows)
+    for start in range(0, n, LAZY):
+        stop = min(start + LAZY, n)
+        for j in range(start, stop):
+            g, x = groups[j], left[j]
+            if offset is None:
+                level[j] = grid.nearest_level(x * inverse[g])
+                miss = x - level[j] * step[g]
+            else:
+                level[j] = grid.nearest_level((x - offset[g]) * inverse[g])
+                miss = x - level[j] * step[g] - offset[g]
+            e = torch.div(miss, diagonal[j], out=error[j - start])
+            if j + 1 < stop:
+                left[j + 1 : stop].addr_(c.feedback[j, j + 1 : stop], e, alpha=-1)
+        if stop < n:
+            left[stop:].addmm_(c.feedback[start:stop, stop:].T, error[: stop - start], alpha=-1)
+    codes = torch.empty((n, rows), dtype=torch.uint8)
+    codes[c.order] = grid.nearest_code(level)
+    return codes.T.contiguous()
+
+
+def gptq(
+    w: Array,
+    hessian: Array | Curvature,
+    grid: Format,
+    *,
+    damping: float = 0.01,
+    sweeps: int = 2,
+    importance: Array | None = None,
+) -> Bytes:
+    """w (rows, n) float32 -> packed (rows, row_bytes) that make ``tr(dW H dW^T)`` small.
+
+    hessian: (n, n), or a `Curvature` made once for several matrices of one input.
+    sweeps: passes of `refine.descend` after the feedback pass; 0 for plain GPTQ.
+    importance: weighting of the scale search, (n,) or (rows, n); by default the
+    cost of each column under the Hessian. The same input gives the same bytes.
+    Plain casts have no codes to choose and are packed to nearest.
+    Errors: those of `Format.pack` and `curvature`.
+    """
+    t = rows_of(w, grid)
+    if not isinstance(grid, Grid):
+        return grid.pack(t)
+    c = hessian if isinstance(hessian, Curvature) else curvature(hessian, damping=damping)
+    if c.hessian.shape[0] != t.shape[1]:
+        raise JoulesmithError(
+            f"a Hessian of {c.hessian.shape[0]} columns does not belong to weights of {t.shape[1]}"
+        )
+    if not len(t):
+        return grid.pack(t)
+    lattice = grid.fit(t, c.importance if importance is None else importance)
+    out = np.empty((t.shape[0], grid.row_bytes(t.shape[1])), np.uint8)
+    for start in range(0, t.shape[0], ROWS):
+        stop = min(start + ROWS, t.shape[0])
+        part = lattice.rows(start, stop)
+        codes = feedback_codes(t[start:stop], c, grid, part)
+        codes, part = descend(t[start:stop], c.hessian, grid, codes, part, sweeps=sweeps)
+        out[start:stop] = grid.write(codes, part)
+    return out
+
+
+def output_error(w: Array, packed: Bytes, hessian: Array, grid: Format) -> float:
+    """``tr((W - Q) H (W - Q)^T)``: the squared error of the layer's output, summed.
+
+    w (rows, n), hessian (n, n), packed as from `gptq`. With H the sum over tokens
+    of ``x x^T`` this is the summed squared change of the outputs on those tokens.
+    """
+    t = rows_of(w, grid)
+    h = torch.as_tensor(hessian).to(torch.float64)
+    total = 0.0
+    for start in range(0, t.shape[0], ROWS):
+        part = packed[start : start + ROWS]
+        d = t[start : start + ROWS] - torch.from_numpy(grid.unpack(part, t.shape[1]))
+        d = d.double()
+        total += float(((d @ h) * d).sum())
+    return total
