@@ -39,6 +39,7 @@ __all__ = [
     "Model",
     "Source",
     "TensorRef",
+    "gguf_view",
     "gguf_weight",
     "load",
     "resolve",
@@ -139,7 +140,7 @@ def load(ref: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None)
         import transformers  # noqa: F401
     except ImportError as e:
         raise MissingExtraError(e.name or "torch") from e
-    kind = torch.float32 if dtype is None else dtype
+    kind: Any = torch.float32 if dtype is None else dtype
     if isinstance(kind, str):
         kind = getattr(torch, kind, None)
     if kind not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -153,13 +154,18 @@ def gguf_weight(model: Model, name: str) -> torch.Tensor:
 
     Raises `JoulesmithError` when the model has no such tensor.
     """
+    weight = gguf_view(model, name)
+    shared = weight.data_ptr() == _parameter(model, name)[1].data_ptr()
+    return weight.clone() if shared else weight
+
+
+def gguf_view(model: Model, name: str) -> torch.Tensor:
+    """As `gguf_weight`, without the copy where none is needed: only to be read."""
     import torch
 
     ref, parameter = _parameter(model, name)
-    weight = parameter.detach().to("cpu", torch.float32)
-    if ref.rows is not None:
-        return weight[torch.from_numpy(ref.rows)]
-    return weight.clone() if weight.data_ptr() == parameter.data_ptr() else weight
+    weight: torch.Tensor = parameter.detach().to("cpu", torch.float32)
+    return weight if ref.rows is None else weight[torch.from_numpy(ref.rows)]
 
 
 def set_gguf_weight(model: Model, name: str, tensor: torch.Tensor) -> None:

@@ -143,9 +143,9 @@ def write_float_gguf(model: Model, path: str | os.PathLike[str], type: str = "BF
 def _float_bytes(model: Model, name: str, kind: str) -> NDArray[Any]:
     import torch
 
-    from joulesmith.models import gguf_weight
+    from joulesmith.models import gguf_view
 
-    weight = gguf_weight(model, name)
+    weight = gguf_view(model, name)
     if kind == "F32":
         return np.asarray(weight.contiguous())
     if kind == "F16":

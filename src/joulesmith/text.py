@@ -1,0 +1,246 @@
+"""Text as fixed windows of tokens: from a file, a hub dataset, the model's own samples,
+or the English text that every Python ships. Knows no models' inner parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from joulesmith.errors import JoulesmithError, MissingExtraError
+
+if TYPE_CHECKING:
+    import torch
+
+    from joulesmith.models import Model
+
+_MAX_FILE = 1 << 30
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, where it is from (one phrase), and the SHA-256 of its UTF-8 bytes."""
+
+    text: str
+    source: str
+    sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Token windows. tokens: int32 (n, length), each read from an empty context.
+
+    source: where the text is from, one phrase. sha256: of the text's UTF-8 bytes; of the
+    tokens' little-endian bytes where the tokens are sampled.
+    """
+
+    tokens: NDArray[np.int32]
+    source: str
+    sha256: str
+
+    def __len__(self) -> int:
+        return int(self.tokens.shape[0])
+
+
+def english() -> Text:
+    """Python's own language reference (`pydoc_data.topics`), some 700 kB of English prose.
+
+    It needs no network and is on every machine, but is not the same in each version
+    of Python: the source names the version. Raises `JoulesmithError` where a
+    distribution leaves it out.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as e:
+        raise JoulesmithError("this Python ships no pydoc_data: give a text file instead") from e
+    text = "\n\n".join(topics[key].strip() for key in sorted(topics))
+    version = ".".join(str(v) for v in sys.version_info[:3])
+    return _text(text, f"Python {version} language reference (pydoc_data.topics)")
+
+
+def read_text(path: str | os.PathLike[str]) -> Text:
+    """A UTF-8 text file. Raises `JoulesmithError`: absent, binary, empty, above 1 GiB."""
+    p = Path(path)
+    try:
+        n = p.stat().st_size
+        if not p.is_file():
+            raise JoulesmithError(f"not a file: {p}: give a UTF-8 text file")
+        if n > _MAX_FILE:
+            raise JoulesmithError(f"text above 1 GiB: {p}: give a smaller part of it")
+        raw = p.read_bytes()
+    except OSError as e:
+        raise JoulesmithError(f"cannot read text: {p}: {e.strerror or e}") from e
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise JoulesmithError(
+            f"not UTF-8: {p}: byte {e.start}: give a plain UTF-8 text file"
+        ) from e
+    if "\0" in text:
+        raise JoulesmithError(f"binary file, not text: {p}: give a plain UTF-8 text file")
+    if not text.strip():
+        raise JoulesmithError(f"empty text: {p}: give a longer text")
+    return _text(text, p.name)
+
+
+def read(ref: str | os.PathLike[str]) -> Text:
+    """ "english", "hf:name[:config[:split]]" (with the `datasets` package), or a file's path."""
+    name = os.fspath(ref)
+    if name == "english":
+        return english()
+    if name.startswith("hf:"):
+        return _dataset(name)
+    return read_text(name)
+
+
+def split(
+    text: Text,
+    tokens: Sequence[int] | NDArray[Any],
+    length: int,
+    counts: Mapping[str, int],
+    seed: int = 0,
+    *,
+    bos: int | None = None,
+) -> dict[str, Windows]:
+    """Disjoint windows of ``length`` tokens for each name in ``counts``.
+
+    The text is cut into consecutive non-overlapping pieces, which a seeded permutation
+    deals out, so that each split is spread over the whole text. Pieces beyond the counts
+    are unused; which pieces there are depends on the text and ``length`` alone.
+
+    tokens: of ``text``, in order, without BOS. bos: put before each window (and counted
+    in ``length``), for models whose tokenizer adds it.
+    Raises `JoulesmithError` when the text is too short, with the tokens needed.
+    """
+    body = length - (bos is not None)
+    if body < 2 or any(n < 0 for n in counts.values()):
+        raise JoulesmithError(f"windows of {length} tokens are too short: use 3 or more")
+    ids = np.asarray(tokens, np.int32)
+    wanted = sum(counts.values())
+    have = ids.size // body
+    if have < wanted:
+        raise JoulesmithError(
+            f"too little text: {text.source}: {wanted * body} tokens needed "
+            f"({wanted} windows of {length}), {ids.size} there: give a longer text"
+        )
+    pieces = ids[: have * body].reshape(have, body)
+    if bos is not None:
+        pieces = np.concatenate([np.full((have, 1), bos, np.int32), pieces], axis=1)
+    order = np.random.default_rng(seed).permutation(have)
+    out, at = {}, 0
+    for name, n in counts.items():
+        # Ascending within a split: the order of evaluation then follows the text.
+        chosen = np.sort(order[at : at + n])
+        out[name] = Windows(np.ascontiguousarray(pieces[chosen]), text.source, text.sha256)
+        at += n
+    return out
+
+
+def windows(
+    model: Model, text: Text, length: int, counts: Mapping[str, int], seed: int = 0
+) -> dict[str, Windows]:
+    """`split` of ``text`` under the model's tokenizer, with BOS where its engine adds it."""
+    t = model.tokenizer
+    return split(text, t.encode(text.text), length, counts, seed, bos=t.bos if t.add_bos else None)
+
+
+def start_token(model: Model) -> int:
+    """What a text begins with: BOS, else EOS, else token 0."""
+    t = model.tokenizer
+    return t.bos if t.bos is not None else t.eos if t.eos is not None else 0
+
+
+def self_samples(
+    model: Model,
+    n_windows: int,
+    length: int,
+    seed: int = 0,
+    progress: Callable[[float], None] | None = None,
+) -> Windows:
+    """Text that the model itself writes: ancestral sampling at temperature 1.
+
+    Each window begins with `start_token`; where a sampled text ends, the window goes on
+    with the next one. Batches of 32 sequences with a KV cache, in bfloat16 where
+    the machine has it natively; seeded, and the same on one machine with one torch version.
+
+    progress: called with the share done, 0 to 1. Raises `JoulesmithError` for a length
+    beyond the model's context.
+    """
+    import torch
+
+    if length < 2 or n_windows < 1:
+        raise JoulesmithError(f"cannot sample {n_windows} windows of {length} tokens")
+    most = int(model.module.config.max_position_embeddings)
+    if length > most:
+        raise JoulesmithError(f"windows of {length} tokens exceed the model's context of {most}")
+    generator = torch.Generator().manual_seed(seed)
+    out = torch.empty((n_windows, length), dtype=torch.int64)
+    out[:, 0] = start_token(model)
+    with torch.inference_mode(), _fast(torch):
+        for at in range(0, n_windows, _BATCH):
+            rows = out[at : at + _BATCH]
+            cache = None
+            for i in range(1, length):
+                step = model.module(
+                    input_ids=rows[:, i - 1 : i], past_key_values=cache, use_cache=True
+                )
+                cache = step.past_key_values
+                rows[:, i] = _draw(step.logits[:, -1], generator)
+                if progress is not None:
+                    done = at * (length - 1) + i * rows.shape[0]
+                    progress(done / (n_windows * (length - 1)))
+    tokens = out.numpy().astype(np.int32)
+    digest = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
+    return Windows(tokens, f"{model.name}'s own samples (temperature 1, seed {seed})", digest)
+
+
+def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One token a row, by the Gumbel-max trick: no sum over the vocabulary is needed."""
+    import torch
+
+    noise = torch.empty(logits.shape, dtype=torch.float32).exponential_(generator=generator)
+    drawn: torch.Tensor = (logits.float().cpu() - noise.log()).argmax(-1)
+    return drawn
+
+
+def _fast(torch: Any) -> Any:
+    """bfloat16 where matrix units exist for it; elsewhere it is slower than float32."""
+    native = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return torch.autocast("cpu", torch.bfloat16, enabled=bool(native))
+
+
+def _dataset(ref: str) -> Text:
+    try:
+        load_dataset = import_module("datasets").load_dataset
+    except ImportError as e:
+        raise MissingExtraError("datasets") from e
+    found = re.fullmatch(r"hf:([\w./-]+)(?::([\w.-]*))?(?::([\w.\[\]:%-]+))?", ref)
+    if found is None:
+        raise JoulesmithError(f"not a dataset name: {ref}: write hf:name[:config[:split]]")
+    name, config, part = found[1], found[2] or None, found[3] or "train"
+    try:
+        rows = load_dataset(name, config, split=part)
+        texts = [t for t in rows["text"] if isinstance(t, str)]
+    except Exception as e:  # a dozen network and format exceptions, all the same to the user
+        line = (str(e).strip().splitlines() or [""])[0][:160]
+        raise JoulesmithError(
+            f"cannot get dataset {name}: {type(e).__name__}: {line}: give a text file"
+        ) from e
+    if not any(t.strip() for t in texts):
+        raise JoulesmithError(f"dataset {name} has no text: give a text file")
+    return _text("\n".join(texts), f"{name} {config or ''} {part}".replace("  ", " "))
+
+
+def _text(text: str, source: str) -> Text:
+    return Text(text, source, hashlib.sha256(text.encode("utf-8")).hexdigest())
