@@ -6,17 +6,15 @@ llama.cpp may abort() the whole process on a damaged file, so only the worker us
 from __future__ import annotations
 
 import ctypes as C
-import resource
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from joulesmith.engines.llama_abi import Batch, Library
+from joulesmith.engines.reference import open_reference, peak_rss
 from joulesmith.errors import EngineError
 
 UBATCH = 512  # llama.cpp's default physical batch
@@ -162,7 +160,7 @@ class Model:
         if windows.ndim != 2 or windows.shape[1] < 2:
             raise EngineError(f"windows must be (n, length >= 2), got {windows.shape}")
         n, length = windows.shape
-        ref = _open_reference(reference, (n, length - 1, self.vocab)) if reference else None
+        ref = open_reference(reference, (n, length - 1, self.vocab)) if reference else None
         nll = np.empty((n, length - 1), np.float32)
         kl = np.empty_like(nll) if ref is not None else None
         agree = np.empty(nll.shape, np.bool_) if ref is not None else None
@@ -227,29 +225,3 @@ class Model:
             "decode": second.reading.to_dict(),
             "peak_rss": peak_rss(),
         }
-
-
-def _open_reference(path: str, shape: tuple[int, ...]) -> NDArray[np.float16]:
-    try:
-        array = np.load(Path(path), mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as e:
-        raise EngineError(f"cannot read the reference {path}: {e}") from e
-    if array.shape != shape or array.dtype != np.float16:
-        raise EngineError(
-            f"the reference {path} is {array.dtype} {array.shape}, not float16 {shape}: "
-            "it belongs to another model or other windows"
-        )
-    return array  # type: ignore[no-any-return]
-
-
-def peak_rss() -> int | None:
-    """Largest resident set of this process so far, bytes."""
-    try:
-        # not ru_maxrss: on Linux that survives exec and would tell the parent's peak
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        if sys.platform == "darwin":
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return None

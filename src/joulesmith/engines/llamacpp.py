@@ -79,6 +79,11 @@ class LlamaCpp:
         """Instruction sets the library was compiled for, in llama.cpp's words."""
         return str(self._identify()["system_info"])
 
+    @property
+    def threads(self) -> int:
+        """Threads that `load` and `matmul_table` use by default."""
+        return available_threads()
+
     def _identify(self) -> dict[str, Any]:
         if self._identity is None:
             self._start().close()
