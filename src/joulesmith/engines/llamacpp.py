@@ -255,5 +255,5 @@ def _tokens(tokens: NDArray[np.int32], ndim: int) -> NDArray[np.int32]:
 
 
 def _reading(fields: dict[str, Any]) -> Reading:
-    parts = tuple(Part(**p) for p in fields.pop("parts", ()))
-    return Reading(**fields, parts=parts, notes=tuple(fields.pop("notes", ())))
+    parts = tuple(Part(**p) for p in fields["parts"])
+    return Reading(**{**fields, "parts": parts, "notes": tuple(fields["notes"])})
