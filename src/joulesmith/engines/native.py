@@ -129,7 +129,7 @@ def _unpack(archive: Path, folder: Path) -> Path:
                 with stream, target.open("wb") as out:
                     shutil.copyfileobj(stream, out)
     except (tarfile.TarError, EOFError, OSError) as e:
-        raise EngineError(f"cannot unpack {archive}: {e}") from e
+        raise EngineError(f"cannot unpack {archive}: {' '.join(str(e).split())}") from e
     if not (folder / "include" / "llama.h").is_file():
         raise EngineError(f"no llama.cpp source in {archive}")
     return folder
