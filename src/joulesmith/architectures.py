@@ -273,9 +273,8 @@ def rope_rows(n: int, heads: int) -> NDArray[np.int64]:
     transformers rotates the two halves of a head, ggml's "llama" its neighbouring
     pairs: within a head, GGUF takes row i of the first half, then of the second.
     """
-    rows: NDArray[np.int64] = np.arange(n, dtype=np.int64).reshape(heads, 2, n // heads // 2)
-    rows = rows.swapaxes(1, 2).reshape(n)
-    return rows
+    rows = np.arange(n, dtype=np.int64).reshape(heads, 2, n // heads // 2)
+    return np.ascontiguousarray(rows.swapaxes(1, 2).reshape(n))
 
 
 def _rope_scaling(file: GgufFile, arch: str, number: Any) -> dict[str, Any] | None:
