@@ -165,7 +165,7 @@ def calibrate(
                 normed = norm(hidden)
             x = normed.detach().reshape(-1, normed.shape[-1])
             gx = head_sums.add(x, head, generator)
-            normed.backward(gx.reshape(normed.shape))
+            torch.autograd.backward(normed, gx.reshape(normed.shape))
             assert hidden.grad is not None
             store.put(depth, b, hidden.grad)
             tick()
@@ -186,7 +186,7 @@ def calibrate(
                         for name in sums
                     }
                     out = _first(layers[i](hidden, **calls[hidden.shape[0]]))
-                    out.backward(gradient)
+                    torch.autograd.backward(out, gradient)
                 for name, tap in taps.items():
                     if tap.x is not None and tap.g is not None:
                         sums[name].add(tap.x.flatten(0, -2), tap.g.flatten(0, -2))
@@ -278,7 +278,7 @@ class _Tap:
     def __enter__(self) -> _Tap:
         def forward(_: object, args: tuple[Any, ...], out: torch.Tensor) -> None:
             self.x = args[0].detach()
-            out.register_hook(self._keep)
+            out.register_hook(self._keep)  # type: ignore[no-untyped-call]
 
         self.handle = self.layer.register_forward_hook(forward)
         return self
@@ -317,4 +317,5 @@ def _enter(
 
 def _first(out: Any) -> torch.Tensor:
     """A block's hidden states: some versions return a tuple."""
-    return out[0] if isinstance(out, tuple) else out
+    hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return hidden

@@ -183,7 +183,7 @@ def write_reference(
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Log-probabilities over the last axis, float32, shifted for range."""
-    shifted = logits - logits.max(axis=-1, keepdims=True)
+    shifted: NDArray[np.float32] = logits - logits.max(axis=-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float32))
     return shifted
 

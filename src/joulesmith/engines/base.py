@@ -78,6 +78,11 @@ class Engine(Protocol):
     @property
     def version(self) -> str: ...
 
+    @property
+    def threads(self) -> int:
+        """Threads that `load` uses by default."""
+        ...
+
     def load(self, path: Path, *, context: int = 1024, threads: int | None = None) -> Session:
         """Raises `EngineError` when the engine refuses the file."""
         ...

@@ -1,0 +1,5 @@
+"""``python -m joulesmith``."""
+
+from joulesmith.cli import main
+
+main()

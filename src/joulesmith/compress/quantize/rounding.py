@@ -1,0 +1,47 @@
+"""The default way to round one matrix: which Hessian, which effort. Knows no model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from joulesmith.compress.quantize.gptq import Curvature, curvature, gptq
+from joulesmith.compress.quantize.grids import Bytes, Format
+
+if TYPE_CHECKING:
+    import torch
+
+    from joulesmith.calibrate import Moments
+
+EFFORTS = {"nearest": None, "default": 2, "thorough": 6}
+"""Sweeps of coordinate descent after the error-feedback pass; None rounds to nearest."""
+
+_FINE_BITS = 7.5
+"""At eight bits a weight and more, nearest rounding loses so little that feedback is not run."""
+
+
+def shared_curvature(moments: Moments | None, effort: str) -> Curvature | None:
+    """Factor a layer's Hessian once for all types; None where rounding is to nearest."""
+    if moments is None or EFFORTS[effort] is None:
+        return None
+    return curvature(moments.weighted)
+
+
+def round_weight(
+    weight: torch.Tensor, curve: Curvature | None, grid: Format, *, effort: str = "default"
+) -> Bytes:
+    """weight (rows, columns) float32 -> packed uint8 (rows, row bytes) on ``grid``."""
+    sweeps = EFFORTS[effort]
+    if curve is None or sweeps is None:
+        return grid.pack(weight)
+    if grid.bits_per_weight > _FINE_BITS:
+        return grid.pack(weight, curve.importance)
+    return gptq(weight, curve, grid, sweeps=sweeps)
+
+
+def coarseness(grid: Format, seed: int = 0) -> float:
+    """Relative squared error of rounding normally distributed weights to nearest."""
+    import torch
+
+    w = torch.randn(64, 512, generator=torch.Generator().manual_seed(seed))
+    restored = torch.as_tensor(grid.unpack(grid.pack(w), 512))
+    return float((restored - w).square().sum() / w.square().sum())

@@ -1,0 +1,121 @@
+"""Walk a model once, rounding every matrix onto block grids as its moments arrive.
+
+Knows models and rounding; not what is done with the packed tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from joulesmith.calibrate import HeadMoments, Moments, calibrate
+from joulesmith.compress.quantize.grids import grid
+from joulesmith.compress.quantize.rounding import round_weight, shared_curvature
+from joulesmith.errors import JoulesmithError
+from joulesmith.progress import Tick, silent
+
+if TYPE_CHECKING:
+    import torch
+
+    from joulesmith.models import Model, TensorRef
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """One matrix on one grid.
+
+    packed: uint8 (rows, bytes a row). change: float32 (rows, columns), rounded - original.
+    moments: of the linear layer (None for an embedding that is not the head).
+    head: of the embedding, for token_embd only.
+    """
+
+    ref: TensorRef
+    type: str
+    packed: NDArray[np.uint8]
+    change: torch.Tensor
+    moments: Moments | None
+    head: HeadMoments | None
+
+
+def walk(
+    model: Model,
+    windows: NDArray[np.int32],
+    types: Callable[[TensorRef], Sequence[str]],
+    emit: Callable[[str, list[Rounded]], None],
+    *,
+    effort: str = "default",
+    skip: Callable[[Sequence[str]], bool] = lambda _: False,
+    seed: int = 0,
+    scratch: Path | None = None,
+    progress: Tick = silent,
+) -> None:
+    """Calibrate on ``windows`` (n, length) and round each matrix onto ``types(ref)``.
+
+    emit: called with a block's name and its rounded tensors, last block first, the
+    embedding and the head ("ends") at the end. skip: whether a block, given its tensor
+    names, is done already. Raises `JoulesmithError` when no asked type fits a tensor.
+    """
+    layers: dict[int, dict[str, TensorRef]] = {}
+    ends: list[TensorRef] = []
+    for ref in model.matrices():
+        if ref.layer is None:
+            ends.append(ref)
+        else:
+            layers.setdefault(ref.layer, {})[ref.parameter] = ref
+
+    def visit(index: int, moments: Mapping[str, Moments]) -> None:
+        refs = layers.get(index, {})
+        if not refs or skip([r.name for r in refs.values()]):
+            return
+        found: list[Rounded] = []
+        for parameter, ref in refs.items():
+            module_name = parameter.split(f".{index}.", 1)[-1].removesuffix(".weight")
+            found += _round(model, ref, types(ref), moments.get(module_name), None, effort)
+        emit(str(index), found)
+
+    head = calibrate(model.module, windows, visit, seed=seed, scratch=scratch, progress=progress)
+    if skip([r.name for r in ends]):
+        return
+    tied = not any(r.role == "output" for r in ends)
+    found = []
+    for ref in ends:
+        is_head = ref.role == "output" or (tied and ref.role == "token_embd")
+        embedding = head if ref.role == "token_embd" else None
+        found += _round(model, ref, types(ref), head.head if is_head else None, embedding, effort)
+    emit("ends", found)
+
+
+def _round(
+    model: Model,
+    ref: TensorRef,
+    types: Sequence[str],
+    moments: Moments | None,
+    head: HeadMoments | None,
+    effort: str,
+) -> list[Rounded]:
+    import torch
+
+    from joulesmith.models import gguf_weight
+
+    weight = gguf_weight(model, ref.name)
+    if moments is not None and ref.rows is not None:
+        # Moments follow torch's row order, the file another one.
+        moments = replace(moments, fisher=moments.fisher[torch.from_numpy(ref.rows)])
+    fitting = [grid(t) for t in types if grid(t).fits(weight.shape[1])]
+    if not fitting:
+        raise JoulesmithError(
+            f"none of {', '.join(types)} can hold {ref.name}: its rows have "
+            f"{weight.shape[1]} weights, no whole number of blocks"
+        )
+    curve = shared_curvature(moments, effort)
+    found = []
+    for g in fitting:
+        packed = round_weight(weight, curve, g, effort=effort)
+        restored = torch.as_tensor(np.asarray(g.unpack(packed, weight.shape[1])))
+        found.append(Rounded(ref, g.name, packed, restored - weight, moments, head))
+    return found

@@ -1,0 +1,103 @@
+"""An ordered list of steps that reads and writes YAML. Knows no files of models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from joulesmith.atomic import atomic_path
+from joulesmith.compress.step import Step, StepRecord, find, to_plain
+from joulesmith.errors import JoulesmithError, MissingExtraError
+from joulesmith.progress import Tick, silent
+
+if TYPE_CHECKING:
+    from joulesmith.models import Model
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps, and where they came from.
+
+    model: the reference the recipe was made for (a name, for people).
+    calibration: how the calibration windows were made ("self-samples, seed 0 ...").
+    """
+
+    steps: tuple[Step, ...]
+    model: str = ""
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+    def apply(
+        self, model: Model, calibration: NDArray[np.int32], progress: Tick = silent
+    ) -> list[StepRecord]:
+        """Run the steps in order on ``model``. The same recipe and tokens give the same bytes."""
+        records = []
+        for i, step in enumerate(self.steps):
+
+            def tick(share: float, before: int = i) -> None:
+                progress((before + share) / len(self.steps))
+
+            records.append(step.apply(model, calibration, tick))
+        return records
+
+    def save(self, path: Path) -> None:
+        """Write YAML, whole or not at all."""
+        plain = {
+            "joulesmith_recipe": 1,
+            "model": self.model,
+            "calibration": self.calibration,
+            "steps": [to_plain(s) for s in self.steps],
+        }
+        with atomic_path(path) as temporary:
+            temporary.write_text(_yaml().safe_dump(plain, sort_keys=False, width=100))
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe. Raises `JoulesmithError` in one line for anything that is not one."""
+    yaml = _yaml()
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise JoulesmithError(f"cannot read {path}: {e.strerror or e}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise JoulesmithError(f"not YAML: {path}: {str(e).splitlines()[0]}") from e
+    if not isinstance(plain, dict) or plain.get("joulesmith_recipe") != 1:
+        raise JoulesmithError(f"not a joulesmith recipe (joulesmith_recipe: 1 is missing): {path}")
+    return Recipe(
+        steps=tuple(_step(s, i, path) for i, s in enumerate(_list(plain.get("steps"), path))),
+        model=str(plain.get("model", "")),
+        calibration=dict(plain.get("calibration") or {}),
+    )
+
+
+def _list(value: Any, path: Path) -> Sequence[Any]:
+    if not isinstance(value, list):
+        raise JoulesmithError(f"steps must be a list: {path}")
+    return value
+
+
+def _step(plain: Any, index: int, path: Path) -> Step:
+    where = f"{path}: step {index + 1}"
+    if not isinstance(plain, dict) or "step" not in plain:
+        raise JoulesmithError(f"a step needs a name (step: quantize): {where}")
+    settings = {k: v for k, v in plain.items() if k != "step"}
+    try:
+        return find(str(plain["step"]))(**settings)
+    except KeyError as e:
+        raise JoulesmithError(f"unknown step {plain['step']!r}: {where}") from e
+    except (ValidationError, TypeError) as e:
+        text = e.errors()[0]["msg"] if isinstance(e, ValidationError) else str(e)
+        raise JoulesmithError(f"bad settings of {plain['step']}: {where}: {text}") from e
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as e:
+        raise MissingExtraError("pyyaml") from e
+    return yaml

@@ -1,0 +1,65 @@
+"""What a step is: a frozen config with ``apply``. Found by name in one registry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from joulesmith.progress import Tick, silent
+
+if TYPE_CHECKING:
+    from joulesmith.models import Model
+
+REGISTRY: dict[str, type[Step]] = {}
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step did.
+
+    packed: GGUF tensor name -> (type name, uint8 (rows, bytes a row)) for tensors
+    that are stored as blocks from here on. A step that changes the module's
+    parameters in place leaves it empty.
+    """
+
+    step: str
+    packed: dict[str, tuple[str, NDArray[np.uint8]]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Step(BaseModel):
+    """Base of all steps. Fields are settings; ``apply`` does the work once."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: ClassVar[str]
+
+    def apply(
+        self, model: Model, calibration: NDArray[np.int32], progress: Tick = silent
+    ) -> StepRecord:
+        """Change ``model`` or pack its tensors; calibration: token windows (n, length)."""
+        raise NotImplementedError
+
+
+S = TypeVar("S", bound=type[Step])
+
+
+def register(cls: S) -> S:
+    """Class decorator: make a step known by its name."""
+    REGISTRY[cls.name] = cls
+    return cls
+
+
+def find(name: str) -> type[Step]:
+    """The step of that name; raises `KeyError`. Importing here keeps the registry complete."""
+    import joulesmith.compress.quantize.step  # noqa: F401
+
+    return REGISTRY[name]
+
+
+def to_plain(step: Step) -> dict[str, Any]:
+    """``{"step": name, ...settings}``."""
+    return {"step": step.name, **step.model_dump(mode="json", exclude_defaults=True)}

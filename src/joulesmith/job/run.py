@@ -1,0 +1,369 @@
+"""The main job: a model in, a cheaper model out, or "none". Orders the rooms' work.
+
+model + text -> reference -> joule table -> candidates -> plan -> file -> judged and
+measured on the engine -> report. Every stage's outcome is kept in the run's folder,
+so that a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from joulesmith._version import __version__
+from joulesmith.compress.quantize.step import Quantize
+from joulesmith.compress.recipe import Recipe
+from joulesmith.engines import get_engine
+from joulesmith.engines.compare import rounds
+from joulesmith.errors import FloorNotMetError
+from joulesmith.job import marks
+from joulesmith.job.assemble import PLAN, TORCH, Found, assemble
+from joulesmith.job.inputs import Inputs, gather
+from joulesmith.job.judge import FLOAT, Judge, score_file, write_choice
+from joulesmith.job.machine import PeakMemory
+from joulesmith.job.settings import Settings, check
+from joulesmith.plan import candidates as candidate_store
+from joulesmith.plan.search import Space, Trial, correct, loss_bound, safer, search
+from joulesmith.plan.space import fast_types, make_space, price_rest, worthwhile
+from joulesmith.progress import Progress, Tick
+from joulesmith.quality import Quality, Reference, write_reference
+from joulesmith.report.files import PAGE_NAME, RESULT_NAME, load_result, write_json
+from joulesmith.report.result import Result
+from joulesmith.workspace import Workspace, fingerprint
+
+if TYPE_CHECKING:
+    from joulesmith.engines.base import Engine
+    from joulesmith.models import Model
+    from joulesmith.plan.candidates import Candidates
+    from joulesmith.plan.damage import Correction
+    from joulesmith.plan.table import JouleTable
+
+ATTEMPTS = 4
+"""Plans that may be judged on the final windows."""
+
+# Seconds each stage takes for the default model on two cores: only the proportions
+# count, for the time left.
+EXPECTED = {
+    "load": 8,
+    "text": 50,
+    "reference": 30,
+    "joule table": 30,
+    "round": 120,
+    "measure damage": 90,
+    "search": 50,
+    "judge": 90,
+    "measure joules": 110,
+    "measure torch": 30,
+    "report": 5,
+}
+
+
+def optimize(
+    model: str,
+    *,
+    keep: float = 0.99,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Result:
+    """Find, write and measure the cheapest model that keeps ``keep`` of the quality.
+
+    settings: the other fields of `Settings`. Returns the `Result`, which is also in
+    ``<out>/result.json``, with the model, ``recipe.yaml`` and ``report.html`` beside it.
+
+    Raises `FloorNotMetError` when no plan clears the floor (the result is written all
+    the same, and says how near the nearest came); `JoulesmithError` for bad input.
+    """
+    return run(Settings(model=model, keep=keep, **settings), progress or Progress({}))
+
+
+def run(settings: Settings, progress: Progress) -> Result:
+    """One run of the main job; see `optimize`."""
+    check(settings)
+    folder = settings.folder()
+    with Workspace(folder, settings.identity()) as workspace:
+        if (folder / RESULT_NAME).exists():
+            return _told(load_result(folder))
+        return _told(_Job(settings, workspace, progress).run())
+
+
+def _told(result: Result) -> Result:
+    if result.status == "none":
+        raise FloorNotMetError(result.verdict)
+    return result
+
+
+class _Job:
+    """One run, stage by stage."""
+
+    def __init__(self, settings: Settings, workspace: Workspace, progress: Progress) -> None:
+        self.s = settings
+        self.ws = workspace
+        self.progress = progress
+        for name, cost in EXPECTED.items():
+            progress.expected.setdefault(name, cost)
+        self.engine: Engine = get_engine(settings.engine, library=settings.engine_lib)
+        # A shorter budget buys less text and fewer trials, never a lower floor.
+        usual = sum(EXPECTED.values())
+        budget = settings.time_budget
+        self.share = 1.0 if budget is None else min(1.0, max(0.2, budget / usual))
+        self.pairs = settings.pairs if self.share == 1.0 else max(3, round(7 * self.share))
+
+    def run(self) -> Result:
+        """All stages; returns the stored result."""
+        with PeakMemory() as memory:
+            result = self._run(memory)
+        with self.progress.stage("report"):
+            folder = self.ws.folder
+            from joulesmith.report import write_page
+
+            if self.done.passed:
+                self._export()
+            write_page(result, folder / PAGE_NAME)
+            write_json(result, folder / RESULT_NAME)  # last: it marks the run as done
+        self.ws.clean()
+        return result
+
+    def _export(self) -> None:
+        """Move the judged file out of the working folder, with the recipe that makes it."""
+        found, folder = self.done, self.ws.folder
+        steps = (Quantize(types=found.trial.types, seed=self.s.seed),)
+        calibration = {
+            "text": found.inputs.calibration_text,
+            "windows": list(found.inputs.calibration.shape),
+            "seed": self.s.seed,
+        }
+        Recipe(steps, self.s.model, calibration).save(folder / "recipe.yaml")
+        found.file.replace(folder / found.export_name)
+
+    def _run(self, memory: PeakMemory) -> Result:
+        stage = self.progress.stage
+        with stage("load"):
+            from joulesmith.models import load
+
+            model = load(self.s.model)
+        given = marks.given_types(model)
+        accident = self.s.model == "smollm2"
+        with stage("text") as tick:
+            inputs = gather(
+                model, self.s.calib, self.s.eval, self.ws.work, self.s.seed, self.share, tick
+            )
+        with stage("reference") as tick:
+            seen, final = self._references(model, inputs, tick)
+        with stage("joule table") as tick:
+            table, rest, types = self._price(model, given, accident, tick)
+        with stage("round") as tick:
+            store = candidate_store.make(
+                model,
+                inputs.calibration,
+                types,
+                self.ws.work / "packed",
+                seed=self.s.seed,
+                progress=tick,
+            )
+            if given and not accident:
+                marks.keep_given(model, store)
+        space = make_space(model.matrices(), store.damage, table.price, self.s.workload, FLOAT)
+        judge = Judge(model, self.engine, store, seen, self.ws, "search")
+        peer = marks.Peer(model, store, self.s.engine_lib)
+        with stage("measure damage") as tick:
+            found_marks = marks.uniform_marks(
+                peer, marks.MIXTURES, self.engine, seen, self.ws, lambda x: tick(x * 0.4)
+            )
+            fast = fast_types(space)
+            correction = correct(space, judge, fast, lambda x: tick(0.4 + 0.6 * x))
+        with stage("search") as tick:
+            trials = search(
+                space,
+                correction,
+                judge,
+                self.s.keep,
+                final_tokens=final.nll.size,
+                rounds=max(3, round(7 * self.share)),
+                progress=tick,
+            )
+        with stage("judge") as tick:
+            trial, quality, path = self._judge(
+                model, store, space, correction, trials, final, lambda x: tick(x * 0.5)
+            )
+            shown = [
+                m
+                for m in found_marks
+                if m.name == "Q4_K_M"
+                or loss_bound(m.quality, final.nll.size) <= 1.1 * loss_bound(quality, 1 << 30)
+            ]
+            rivals = marks.write_rivals(
+                peer,
+                shown,
+                given,
+                self.engine,
+                final,
+                self.ws,
+                given_is_baseline=bool(given) and not accident,
+                progress=lambda x: tick(0.5 + 0.5 * x),
+            )
+        with stage("measure joules") as tick:
+            import torch
+
+            model.module.to(torch.bfloat16)  # float32 is not needed any more
+            paths = {PLAN: path, **{r.name: r.path for r in rivals}}
+            found = self._measure(paths, tick)
+        with stage("measure torch") as tick:
+            found_torch = self._measure_torch(model, path, tick)
+        self.done = Found(
+            self.s,
+            model,
+            self.engine,
+            inputs,
+            table,
+            rest,
+            space,
+            correction,
+            trials,
+            trial,
+            quality,
+            path,
+            found_marks,
+            rivals,
+            found,
+            found_torch,
+        )
+        return assemble(self.done, self.progress.done, memory.peak)
+
+    def _references(self, model: Model, inputs: Inputs, tick: Tick) -> tuple[Reference, Reference]:
+        """The float model's probabilities on the search and the final windows."""
+        from joulesmith.engines.torch_engine import TorchSession
+
+        session = TorchSession(model.module)
+        n, m = len(inputs.search), len(inputs.final)
+        text = inputs.evaluation_text
+        seen = write_reference(
+            session,
+            inputs.search,
+            self.ws.work / "search.npy",
+            text,
+            lambda x: tick(x * n / (n + m)),
+        )
+        final = write_reference(
+            session,
+            inputs.final,
+            self.ws.work / "final.npy",
+            text,
+            lambda x: tick((n + x * m) / (n + m)),
+        )
+        return seen, final
+
+    def _price(
+        self, model: Model, given: Mapping[str, str], accident: bool, tick: Tick
+    ) -> tuple[JouleTable, dict[str, float], list[str]]:
+        """The joule table, what a token costs beside the matrices, and the types worth trying."""
+        from joulesmith.compress.quantize import kquants, legacy
+        from joulesmith.compress.quantize.grids import grid
+        from joulesmith.compress.quantize.rounding import coarseness
+        from joulesmith.plan.table import JouleTable
+
+        shapes = sorted({(r.shape[0], r.shape[1]) for r in model.matrices()})
+        # Weights that come from a grid fit that grid by accident: it is left out.
+        left_out = marks.main_type(given, model) if accident else None
+        types = [t for t in (*legacy.GRIDS, *kquants.GRIDS) if t != left_out]
+        table = JouleTable.measure(
+            self.engine, shapes, [*types, FLOAT], self.s.workload[0], lambda x: tick(0.8 * x)
+        )
+
+        def cost(rows: int, columns: int, kind: str) -> float | None:
+            if not grid(kind).fits(columns):
+                return None
+            decode, prefill = table.price(rows, columns, kind)
+            p, d = self.s.workload
+            return (p * prefill + d * decode) / (p + d)
+
+        noise = {t: coarseness(grid(t)) for t in types}
+        chosen = worthwhile(types, shapes, cost, noise)
+        stored = self.ws.get("rest")
+        if stored is None:
+            path = marks.write_float(model, self.ws)
+            with self.engine.load(path, context=sum(self.s.workload)) as session:
+                runs = [session.bench(self.s.workload[0], 64, seed=i) for i in range(3)]
+            stored = self.ws.put("rest", price_rest(model.matrices(), table.price, FLOAT, runs))
+        tick(1.0)
+        return table, stored, chosen
+
+    def _judge(
+        self,
+        model: Model,
+        store: Candidates,
+        space: Space,
+        correction: Correction,
+        trials: list[Trial],
+        final: Reference,
+        tick: Tick,
+    ) -> tuple[Trial, Quality, Path]:
+        """The first plan whose bound clears the floor on the final windows, or the nearest miss.
+
+        Each further plan is a safer one. Judging several plans on the same windows would
+        favour lucky ones, so there are at most `ATTEMPTS`.
+        """
+        path = self.ws.work / "plan.gguf"
+        misses: list[tuple[Trial, Quality]] = []
+        queue = list(trials)
+        trial = queue.pop(0)
+        for attempt in range(ATTEMPTS):
+            key = f"final-plan-{fingerprint(trial.types)}"
+            stored = self.ws.get(key)
+            write_choice(
+                model,
+                store.packed,
+                trial.types,
+                path,
+                {"version": __version__, "command": self.s.command()},
+            )
+            quality = Quality(**stored) if stored else score_file(self.engine, path, final)
+            self.ws.put(key, quality.to_dict())
+            tick((attempt + 1) / ATTEMPTS)
+            if quality.passes(self.s.keep):
+                return trial, quality, path
+            misses.append((trial, quality))
+            choice = safer(space, correction, trial)
+            if choice is None:
+                break
+            trial = Trial(choice.types, choice.joules, choice.damage, quality)
+        trial, quality = max(misses, key=lambda m: m[1].kept_low)
+        write_choice(model, store.packed, trial.types, path)
+        return trial, quality, path
+
+    def _measure(self, paths: Mapping[str, Path], tick: Tick) -> list[dict[str, Any]]:
+        """Interleaved rounds of the workload over all files."""
+        prefill, decode = self.s.workload
+        with ExitStack() as stack:
+            sessions = {
+                name: stack.enter_context(self.engine.load(path, context=prefill + decode))
+                for name, path in paths.items()
+            }
+            return rounds(
+                {n: lambda i, s=s: s.bench(prefill, decode, seed=i) for n, s in sessions.items()},
+                self.pairs,
+                self.ws.get("rounds") or (),
+                lambda found: self.ws.put("rounds", found),
+                tick,
+            )
+
+    def _measure_torch(self, model: Model, path: Path, tick: Tick) -> list[dict[str, Any]]:
+        """The plan against the same model in torch (bfloat16, eager), with a short answer."""
+        from joulesmith.engines.torch_engine import TorchSession
+
+        if self.s.torch_pairs < 1:
+            return []
+        prefill, decode = self.s.workload[0], min(64, self.s.workload[1])
+        torch_session = TorchSession(model.module)
+        with self.engine.load(path, context=prefill + decode) as session:
+            return rounds(
+                {
+                    PLAN: lambda i: session.bench(prefill, decode, seed=i),
+                    TORCH: lambda i: torch_session.bench(prefill, decode, seed=i),
+                },
+                self.s.torch_pairs,
+                self.ws.get("rounds-torch") or (),
+                lambda found: self.ws.put("rounds-torch", found),
+                tick,
+            )

@@ -1,0 +1,123 @@
+"""Every (tensor, type) that a plan may choose: packed bytes on disk, and predicted damage.
+
+Complete a block at a time: a run that was killed goes on with the next block.
+Knows no joules and no solver.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from joulesmith.atomic import atomic_path
+from joulesmith.errors import JoulesmithError
+from joulesmith.plan.damage import embedding_damage, linear_damage
+from joulesmith.progress import Tick, silent
+
+if TYPE_CHECKING:
+    from joulesmith.compress.quantize.walk import Rounded
+    from joulesmith.models import Model
+
+
+class Candidates:
+    """Packed tensors in ``folder``: one file a (tensor, type), one damage file a block.
+
+    damage: tensor -> type -> predicted KL, nats per token.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.damage: dict[str, dict[str, float]] = {}
+        for path in sorted(folder.glob("damage-*.json")):
+            self.damage.update(json.loads(path.read_text()))
+
+    def path(self, tensor: str, type_name: str) -> Path:
+        """Where one packed tensor lies."""
+        return self.folder / type_name / f"{tensor}.npy"
+
+    def packed(self, tensor: str, type_name: str) -> NDArray[np.uint8]:
+        """The stored bytes, uint8 (rows, bytes a row)."""
+        found: NDArray[np.uint8] = np.load(self.path(tensor, type_name), allow_pickle=False)
+        return found
+
+    def has(self, tensors: Sequence[str]) -> bool:
+        """Whether all of ``tensors`` are rounded and judged."""
+        return all(t in self.damage for t in tensors)
+
+    def importance(self, tensor: str) -> NDArray[np.float32] | None:
+        """Mean squared inputs (columns,) of a linear layer, None for a plain embedding."""
+        path = self.path(tensor, "importance")
+        return np.load(path, allow_pickle=False) if path.exists() else None
+
+    def put(self, tensor: str, kind: str, packed: NDArray[np.uint8], damage: float) -> None:
+        """Offer one more packed tensor, for this run only."""
+        if not self.path(tensor, kind).exists() or damage < self.damage[tensor].get(kind, 1.0):
+            _save(self.path(tensor, kind), packed)
+        self.damage[tensor] = {**self.damage[tensor], kind: damage}
+
+    def keep(self, block: str, rounded: Sequence[Rounded]) -> None:
+        """Store a block's tensors, then mark the block as done."""
+        damage: dict[str, dict[str, float]] = {}
+        for r in rounded:
+            total = 0.0
+            if r.moments is not None:
+                total += linear_damage(r.change, r.moments)
+            if r.head is not None:
+                total += embedding_damage(r.change, r.head)
+            damage.setdefault(r.ref.name, {})[r.type] = total
+            path = self.path(r.ref.name, r.type)
+            _save(path, r.packed)
+            if r.moments is not None:
+                squares = r.moments.hessian.diagonal().contiguous().numpy()
+                _save(self.path(r.ref.name, "importance"), squares)
+        with atomic_path(self.folder / f"damage-{block}.json") as temporary:
+            temporary.write_text(json.dumps(damage))
+        self.damage.update(damage)
+
+
+def _save(path: Path, array: NDArray[Any]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path, needed=array.nbytes) as temporary, temporary.open("wb") as f:
+            np.save(f, array, allow_pickle=False)
+    except OSError as e:
+        raise JoulesmithError(f"cannot write {path}: {e.strerror or e}") from e
+
+
+def make(
+    model: Model,
+    windows: NDArray[np.int32],
+    types: Sequence[str],
+    folder: Path,
+    *,
+    effort: str = "default",
+    seed: int = 0,
+    progress: Tick = silent,
+) -> Candidates:
+    """Round every matrix of ``model`` onto each of ``types`` that its rows fit.
+
+    windows: calibration tokens, int32 (n, length). A second call with the same folder
+    does only what is missing.
+    """
+    from joulesmith.compress.quantize.walk import walk
+
+    folder.mkdir(parents=True, exist_ok=True)
+    store = Candidates(folder)
+    if not store.has([r.name for r in model.matrices()]):
+        walk(
+            model,
+            windows,
+            lambda _: types,
+            store.keep,
+            effort=effort,
+            skip=store.has,
+            seed=seed,
+            scratch=folder,
+            progress=progress,
+        )
+    return store

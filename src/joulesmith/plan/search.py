@@ -1,0 +1,189 @@
+"""Find the cheapest choice of types whose measured quality clears the floor.
+
+Predictions propose, measurements decide: each proposal of the solver is written as
+a file, run on the engine over the search windows, and its true loss moves the
+budget of the next one. The final windows are never seen here.
+Knows a judge (types -> `Quality`) and numbers; not formats, engines or rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from joulesmith.errors import JoulesmithError
+from joulesmith.plan.damage import Correction, group
+from joulesmith.plan.solve import Choice, Option, solve
+from joulesmith.progress import Tick, silent
+
+if TYPE_CHECKING:
+    from joulesmith.quality import Quality
+
+Judge = Callable[[Mapping[str, str]], "Quality"]
+"""types of all tensors -> quality on the search windows (measured, cached by the caller)."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """All that the search may choose from.
+
+    joules/sizes/damage: tensor -> type -> number; damage is the raw prediction.
+    roles: tensor -> role.
+    """
+
+    joules: Mapping[str, Mapping[str, float]]
+    sizes: Mapping[str, Mapping[str, int]]
+    damage: Mapping[str, Mapping[str, float]]
+    roles: Mapping[str, str]
+
+    def options(self, correction: Correction) -> dict[str, list[Option]]:
+        """The solver's input, with damage corrected."""
+        return {
+            t: [
+                Option(
+                    k,
+                    self.joules[t][k],
+                    d * correction.factor(group(self.roles[t]), k),
+                    self.sizes[t][k],
+                )
+                for k, d in kinds.items()
+            ]
+            for t, kinds in self.damage.items()
+        }
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One plan that was run: what was predicted and what its quality was."""
+
+    types: dict[str, str]
+    joules: float
+    damage: float
+    quality: Quality
+
+
+def option_damage(space: Space, correction: Correction, tensor: str, kind: str) -> float:
+    """Corrected damage of one choice, nats per token."""
+    return space.damage[tensor][kind] * correction.factor(group(space.roles[tensor]), kind)
+
+
+def best_types(space: Space) -> dict[str, str]:
+    """The type of least predicted damage for each tensor."""
+    return {t: min(kinds, key=lambda k: kinds[k]) for t, kinds in space.damage.items()}
+
+
+def correct(
+    space: Space, judge: Judge, worth: Sequence[str], progress: Tick = silent
+) -> Correction:
+    """Measure each group of tensors at each type of ``worth``, the rest at its best type.
+
+    The base (everything at its best) is measured too and subtracted.
+    """
+    correction = Correction()
+    base = best_types(space)
+    base_kl = judge(base).kl
+    predicted = sum(space.damage[t][k] for t, k in base.items())
+    for name in {group(r) for r in space.roles.values()}:
+        for kind in {base[t] for t in base if group(space.roles[t]) == name}:
+            correction.learn(name, kind, predicted, base_kl)
+    groups = sorted({group(space.roles[t]) for t in space.damage})
+    todo = [(g, k) for k in worth for g in groups]
+    for i, (g, k) in enumerate(todo):
+        members = [
+            t
+            for t in space.damage
+            if group(space.roles[t]) == g and k in space.damage[t] and base[t] != k
+        ]
+        if members:
+            types = base | dict.fromkeys(members, k)
+            added = sum(space.damage[t][k] for t in members)
+            removed = sum(space.damage[t][base[t]] for t in members) / max(predicted, 1e-30)
+            correction.learn(g, k, added, judge(types).kl - base_kl * (1 - removed))
+        progress((i + 1) / len(todo))
+    return correction
+
+
+def search(
+    space: Space,
+    correction: Correction,
+    judge: Judge,
+    keep: float,
+    *,
+    final_tokens: int,
+    rounds: int = 7,
+    progress: Tick = silent,
+) -> list[Trial]:
+    """Plans that clear the floor on the search windows, cheapest first; then the nearest miss.
+
+    final_tokens: positions that the final judgement will use. The bound is computed
+    for that many, so that a plan is not dropped for the search split's smaller size.
+    Raises `JoulesmithError` only when there is nothing to choose from.
+    """
+    options = space.options(correction)
+    least = sum(min(o.damage for o in os) for os in options.values())
+    cheapest = sum(min(os, key=lambda o: (o.joules, o.damage)).damage for os in options.values())
+    target = -math.log(keep)
+    budget = min(max(target, 1.02 * least), 1.02 * cheapest)
+    trials: dict[tuple[tuple[str, str], ...], Trial] = {}
+    passing, failing = least, math.inf
+    for i in range(rounds):
+        choice = _solve(options, budget)
+        key = tuple(sorted(choice.types.items()))
+        if key not in trials:
+            quality = judge(choice.types)
+            trials[key] = Trial(choice.types, choice.joules, choice.damage, quality)
+        loss = loss_bound(trials[key].quality, final_tokens)
+        progress((i + 1) / rounds)
+        if loss <= target:
+            passing = max(passing, choice.damage)
+            if budget >= cheapest:
+                break
+        else:
+            failing = min(failing, choice.damage)
+            if choice.damage <= 1.02 * least:
+                break
+        if failing < passing * 1.01:
+            break
+        # The loss grows about in proportion to the damage: aim there, then halve.
+        guess = choice.damage * target / loss if loss > 0 else 2 * choice.damage
+        inside = passing < guess < failing
+        if not inside or i >= 4:
+            guess = math.sqrt(max(passing, 1e-9) * failing) if failing < math.inf else 2 * passing
+        budget = min(max(guess, 1.02 * least), 1.02 * cheapest)
+    found = list(trials.values())
+    good = [t for t in found if loss_bound(t.quality, final_tokens) <= target]
+    bad = [t for t in found if t not in good]
+    return sorted(good, key=lambda t: t.joules) + sorted(bad, key=lambda t: -t.quality.kept_low)
+
+
+def safer(space: Space, correction: Correction, trial: Trial, share: float = 0.75) -> Choice | None:
+    """The cheapest plan with at most ``share`` of a trial's damage; None when there is none."""
+    try:
+        return solve(space.options(correction), trial.damage * share)
+    except JoulesmithError:
+        return None
+
+
+def front(space: Space, correction: Correction, points: int = 12) -> list[Choice]:
+    """Predicted plans from the least to the most damage: joules against damage."""
+    options = space.options(correction)
+    least = sum(min(o.damage for o in os) for os in options.values())
+    most = sum(min(os, key=lambda o: (o.joules, o.damage)).damage for os in options.values())
+    low, high = math.log(max(least, 1e-9) * 1.01), math.log(max(most, least * 1.02, 2e-9))
+    return [_solve(options, math.exp(low + (high - low) * i / (points - 1))) for i in range(points)]
+
+
+def loss_bound(quality: Quality, tokens: int) -> float:
+    """Upper bound of the mean NLL increase, had it been judged on ``tokens`` positions."""
+    mean = -math.log(quality.kept)
+    margin = -math.log(quality.kept_low) - mean
+    if not math.isfinite(margin):
+        return math.inf
+    return mean + margin * math.sqrt(quality.tokens / tokens)
+
+
+def _solve(options: Mapping[str, Sequence[Option]], budget: float) -> Choice:
+    least = sum(min(o.damage for o in os) for os in options.values())
+    return solve(options, max(budget, least * (1 + 1e-9) + 1e-12), gap=1e-4)

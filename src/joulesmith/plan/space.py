@@ -1,0 +1,150 @@
+"""What a plan may choose from, with joules and damage on every choice.
+
+Puts the joule table and the predicted damage side by side. Knows shapes, roles and
+numbers; no files and no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import median
+from typing import TYPE_CHECKING
+
+from joulesmith.gguf_file import type_bytes
+from joulesmith.plan.search import Space
+
+if TYPE_CHECKING:
+    from joulesmith.energy.reading import Reading
+    from joulesmith.engines.base import Bench
+    from joulesmith.models import TensorRef
+
+Price = Callable[[int, int, str], tuple[float, float]]
+"""(rows, columns, type) -> (joules a decoded token, joules a prefilled token)."""
+
+
+def tensor_joules(
+    ref: TensorRef, kind: str, price: Price, workload: tuple[int, int], tied: bool
+) -> tuple[float, float]:
+    """(decode, prefill) joules per token of one tensor.
+
+    The head is multiplied once a request in prefill, since only the last position's
+    logits are wanted. An embedding that is not the head is only looked up: no joules.
+    """
+    rows, columns = ref.shape
+    if ref.role == "token_embd" and not tied:
+        return 0.0, 0.0
+    decode, prefill = price(rows, columns, kind)
+    if ref.role in ("output", "token_embd"):
+        return decode, decode / workload[0]
+    return decode, prefill
+
+
+def workload_joules(decode: float, prefill: float, workload: tuple[int, int]) -> float:
+    """Joules per token of a whole request of (prefill, decode) tokens."""
+    p, d = workload
+    return (p * prefill + d * decode) / (p + d)
+
+
+def make_space(
+    matrices: Sequence[TensorRef],
+    damage: Mapping[str, Mapping[str, float]],
+    price: Price,
+    workload: tuple[int, int],
+    float_type: str,
+) -> Space:
+    """Joules, bytes and damage of every (tensor, type), the untouched type included."""
+    tied = not any(m.role == "output" for m in matrices)
+    joules: dict[str, dict[str, float]] = {}
+    sizes: dict[str, dict[str, int]] = {}
+    predicted: dict[str, dict[str, float]] = {}
+    for ref in matrices:
+        kinds = {**damage[ref.name], float_type: 0.0}
+        predicted[ref.name] = kinds
+        joules[ref.name] = {
+            k: workload_joules(*tensor_joules(ref, k, price, workload, tied), workload)
+            for k in kinds
+        }
+        sizes[ref.name] = {k: type_bytes(k, ref.shape) for k in kinds}
+    return Space(joules, sizes, predicted, {m.name: m.role for m in matrices})
+
+
+def worthwhile(
+    types: Iterable[str],
+    shapes: Iterable[tuple[int, int]],
+    cost: Callable[[int, int, str], float | None],
+    coarseness: Mapping[str, float],
+    slack: float = 0.03,
+) -> list[str]:
+    """Types that some finer type does not beat in joules at every shape they fit.
+
+    cost(rows, columns, type): joules per token, None where the type does not fit.
+    coarseness: relative squared rounding error of each type, for "finer".
+    slack: differences below this are the table's noise.
+    """
+    types = list(types)
+    kept = []
+    for kind in types:
+        finer = [t for t in types if coarseness[t] < coarseness[kind]]
+        for shape in shapes:
+            mine = cost(*shape, kind)
+            if mine is None:
+                continue
+            rivals = [c for t in finer if (c := cost(*shape, t)) is not None]
+            if not rivals or mine < min(rivals) * (1 - slack):
+                kept.append(kind)
+                break
+    return kept
+
+
+def fast_types(space: Space) -> list[str]:
+    """Types that are the cheapest or nearly so (within 5 %) for some tensor."""
+    found: set[str] = set()
+    for kinds in space.joules.values():
+        least = min(kinds.values())
+        found |= {k for k, j in kinds.items() if j <= 1.05 * least}
+    return sorted(found)
+
+
+def price_rest(
+    matrices: Sequence[TensorRef], price: Price, float_type: str, runs: Sequence[Bench]
+) -> dict[str, float]:
+    """Joules per token that are not in the matrices (attention, norms, waiting), by phase.
+
+    runs: of the untouched model. Where energy is unknown, everything is in seconds,
+    which is what ``price`` then gives too.
+    """
+    tied = not any(m.role == "output" for m in matrices)
+    workload = (runs[0].prefill_tokens, runs[0].decode_tokens)
+    sums = [0.0, 0.0]
+    for ref in matrices:
+        for i, j in enumerate(tensor_joules(ref, float_type, price, workload, tied)):
+            sums[i] += j
+
+    def per_token(reading: Reading, tokens: int) -> float:
+        return (reading.seconds if reading.joules is None else reading.joules) / tokens
+
+    decode = median(per_token(r.decode, r.decode_tokens) for r in runs)
+    prefill = median(per_token(r.prefill, r.prefill_tokens) for r in runs)
+    return {"decode": decode - sums[0], "prefill": prefill - sums[1]}
+
+
+def totals(
+    matrices: Sequence[TensorRef],
+    types: Mapping[str, str],
+    float_type: str,
+    price: Price,
+    rest: Mapping[str, float],
+    workload: tuple[int, int],
+) -> dict[str, float]:
+    """Predicted joules per token of a whole model: "decode", "prefill", "workload"."""
+    tied = not any(m.role == "output" for m in matrices)
+    decode, prefill = rest["decode"], rest["prefill"]
+    for ref in matrices:
+        d, p = tensor_joules(ref, types.get(ref.name, float_type), price, workload, tied)
+        decode += d
+        prefill += p
+    return {
+        "decode": decode,
+        "prefill": prefill,
+        "workload": workload_joules(decode, prefill, workload),
+    }

@@ -1,0 +1,93 @@
+"""Terminal tables of single models: what a file holds, what it costs to run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from joulesmith.units import si, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from joulesmith.inspection import Inspection
+    from joulesmith.measure import Measurement
+
+
+def render_measurement(m: Measurement, console: Console) -> None:
+    """Joules and tokens per second by phase, with interval and pedigree."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=None, box=None, pad_edge=False)
+    for name, side in (
+        ("phase", "left"),
+        ("J/token", "right"),
+        ("90 % interval", "right"),
+        ("above idle", "right"),
+        ("tokens/s", "right"),
+        ("range", "right"),
+        ("pedigree", "left"),
+    ):
+        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    for phase, c in m.costs.items():
+        fast, slow = m.spread[phase]
+        interval = "unknown" if c.low is None else f"{si(c.low, 'J')} – {si(c.high, 'J')}"
+        table.add_row(
+            phase,
+            si(c.joules, "J"),
+            interval,
+            si(c.marginal, "J"),
+            f"{1 / c.seconds:.1f}",
+            f"{1 / slow:.1f} – {1 / fast:.1f}",
+            c.pedigree or "unknown",
+        )
+    head = f"{m.model} {m.note}".strip()
+    console.print(Text(f"{head}: {size(m.file_bytes)}, {m.engine}"))
+    prefill, decode = m.workload
+    console.print(
+        Text(
+            f"{m.repeat} requests of {prefill} + {decode} tokens, medians; "
+            f"peak memory {size(m.peak_rss) if m.peak_rss else 'unknown'}"
+        )
+    )
+    console.print(table)
+
+
+def render_inspection(found: Inspection, console: Console, *, every_tensor: bool = False) -> None:
+    """Architecture, sizes and types of a model file."""
+    from rich.table import Table
+    from rich.text import Text
+
+    def known(value: object) -> str:
+        return "unknown" if value is None else str(value)
+
+    lines = [
+        f"{found.path}",
+        f"{found.name or 'unnamed'}: {found.architecture}, {found.parameters / 1e6:.1f} M weights, "
+        f"{found.bits_per_weight:.2f} bits per weight, {size(found.file_bytes)}",
+        f"{known(found.layers)} layers, hidden {known(found.hidden)}, {known(found.heads)} heads "
+        f"({known(found.kv_heads)} key/value), vocabulary {known(found.vocabulary)}, context "
+        f"{known(found.context)}, head {'tied to the embedding' if found.tied_head else 'separate'}",
+    ]
+    if found.made_by:
+        lines.append(f"written by {found.made_by}")
+    for line in lines:
+        console.print(Text(line))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("type")
+    for name in ("tensors", "weights", "bytes", "bits per weight"):
+        table.add_column(name, justify="right")
+    for t in found.types:
+        table.add_row(
+            t.type, str(t.tensors), f"{t.weights / 1e6:.2f} M", size(t.bytes),
+            f"{t.bits_per_weight:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    if every_tensor:
+        rows = Table(box=None, pad_edge=False)
+        for name in ("tensor", "shape", "type", "bytes"):
+            rows.add_column(name, justify="right" if name == "bytes" else "left")
+        for line in found.tensors:
+            shape = " x ".join(map(str, line.shape))
+            rows.add_row(Text(line.name), shape, line.type, size(line.bytes))
+        console.print(rows)
