@@ -67,7 +67,7 @@ def test_a_folder_as_target_is_refused(tmp_path):
 
 def test_other_errors_are_left_alone(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a"):
-        open("/nonexistent/elsewhere")
+        (tmp_path / "elsewhere").read_bytes()
 
 
 def test_a_folder_appears_whole(tmp_path):

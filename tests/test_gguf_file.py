@@ -152,7 +152,7 @@ ONE = info("t", [8], F32, 0)
         (made(counts=(100, 0)), "truncated: tensor count"),
         (made(counts=(0, 100)), "truncated: metadata count"),
         (made([kv("k", 77, b"\0" * 16)]), "unknown type 77"),
-        (made([kv("k", 7, b"\2")] + [kv("j", 4, b"\0" * 4)]), "true"),
+        (made([kv("k", 7, b"\2"), kv("j", 4, b"\0" * 4)]), "true"),
         (made([kv("k", 4, b"\0" * 4)] * 2), "twice"),
         (made([kv("", 4, b"\0" * 4)]), "empty or appears twice"),
         (made([kv(b"\xff", 4, b"\0" * 4)]), "not UTF-8"),
