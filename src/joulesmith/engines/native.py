@@ -97,9 +97,9 @@ def _tree(source: Path | None, version: str, scratch: Path) -> Path:
 
 def _download(version: str, folder: Path) -> Path:
     folder.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
-    command += ["--no-binary", PACKAGE, "--dest", str(folder), f"{PACKAGE}=={version}"]
-    # pip also asks the archive for its metadata, which may fail after the download is complete
+    # pip asks a source archive for its metadata, so it also fetches the build tools it names
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE]
+    command += ["--dest", str(folder), f"{PACKAGE}=={version}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     archives = sorted(folder.glob("*.tar.gz"))
     if not archives:
