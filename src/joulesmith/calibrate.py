@@ -34,15 +34,16 @@ if TYPE_CHECKING:
 class Moments:
     """Second moments at one linear layer, means over ``tokens`` calibration tokens.
 
-    hessian:   (columns, columns) E[x x^T] of the layer's inputs, float32
-    weighted:  (columns, columns) E[s x x^T] with s the token's mean squared output
-               gradient, normalised to mean 1 (GuidedQuant, Kim et al. 2025, eq. 7,
-               one group); equals ``hessian`` when tokens matter alike
-    fisher:    (rows,) E[g^2] of the output gradients, float32
+    hessian: (columns, columns) E[s x x^T] of the layer's inputs x, float32, with s the
+             token's mean squared output gradient, normalised to mean 1 (GuidedQuant,
+             Kim et al. 2025, eq. 7, one group): tokens count as much as the end loss
+             depends on them
+    squares: (columns,) E[x^2], unweighted: llama.cpp's importance matrix
+    fisher:  (rows,) E[g^2] of the output gradients, float32
     """
 
     hessian: torch.Tensor
-    weighted: torch.Tensor
+    squares: torch.Tensor
     fisher: torch.Tensor
     tokens: int
 
@@ -71,7 +72,7 @@ class _Accumulator:
     def __init__(self, rows: int, columns: int) -> None:
         import torch
 
-        self.plain = torch.zeros(columns, columns)
+        self.squares = torch.zeros(columns)
         self.weighted = torch.zeros(columns, columns)
         self.fisher = torch.zeros(rows)
         self.weight = 0.0
@@ -79,17 +80,22 @@ class _Accumulator:
 
     def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """x (tokens, columns), g (tokens, rows)."""
-        s = g.square().mean(dim=1)
-        self.plain.addmm_(x.T, x)
-        self.weighted.addmm_((x * s[:, None]).T, x)
-        self.fisher += g.square().sum(dim=0)
+        g2 = g.square()
+        self.fold(x, g2.mean(dim=1), g2.sum(dim=0))
+
+    def fold(self, x: torch.Tensor, s: torch.Tensor, fisher: torch.Tensor) -> None:
+        """x (tokens, columns), s (tokens,) their weights, fisher (rows,) sums to add."""
+        root = x * s.sqrt()[:, None]
+        self.weighted.addmm_(root.T, root)
+        self.squares += x.square().sum(dim=0)
+        self.fisher += fisher
         self.weight += float(s.sum())
         self.tokens += x.shape[0]
 
     def done(self) -> Moments:
         n = max(self.tokens, 1)
-        weighted = self.weighted / self.weight if self.weight > 0 else self.plain / n
-        return Moments(self.plain / n, weighted, self.fisher / n, self.tokens)
+        hessian = self.weighted / self.weight if self.weight > 0 else self.weighted
+        return Moments(hessian, self.squares / n, self.fisher / n, self.tokens)
 
 
 def calibrate(
@@ -109,9 +115,31 @@ def calibrate(
     windows: int32 (n, length)
     scratch: folder for the blocks' inputs, (n x length x hidden) float32 a block
 
+    Matrix products may run in bfloat16 with float32 sums where the processor is faster
+    at it: moments are averages over thousands of tokens, whose own noise is far larger.
+
     Raises `JoulesmithError` when the model has another structure, or its activations
     are not finite.
     """
+    import torch
+
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        return _calibrate(module, windows, visit, batch, seed, scratch, progress)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _calibrate(
+    module: torch.nn.Module,
+    windows: NDArray[np.int32],
+    visit: Visit,
+    batch: int,
+    seed: int,
+    scratch: Path | None,
+    progress: Tick,
+) -> HeadMoments:
     import torch
 
     inner = getattr(module, "model", None)
@@ -253,12 +281,7 @@ class _HeadSums:
             p = torch.softmax(head(part).float(), dim=-1)
             drawn = torch.multinomial(p, 1, generator=generator)
             spread = p * (1 - p)
-            s = spread.mean(dim=1)
-            self.sums.plain.addmm_(part.T, part)
-            self.sums.weighted.addmm_((part * s[:, None]).T, part)
-            self.sums.fisher += spread.sum(dim=0)
-            self.sums.weight += float(s.sum())
-            self.sums.tokens += len(part)
+            self.sums.fold(part, spread.mean(dim=1), spread.sum(dim=0))
             p.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
             out[start : start + rows] = p @ weight
         return out

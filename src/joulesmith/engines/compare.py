@@ -97,7 +97,8 @@ def _per_token(row: Mapping[str, Any], phase: Phase, key: str) -> float | None:
     values = [p[key] for p in parts]
     if any(v is None for v in values):
         return None
-    return float(sum(values)) / sum(p["tokens"] for p in parts)
+    tokens = sum(int(p["tokens"]) for p in parts)
+    return float(sum(values)) / tokens
 
 
 def cost(found: Sequence[Mapping[str, Any]], name: str, phase: Phase) -> Cost:

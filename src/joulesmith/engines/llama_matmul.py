@@ -30,6 +30,7 @@ _TILE_ROWS, _TILE_COLUMNS = 512, 256  # quantized once per type, then repeated i
 _BATCH_FLOP = 2.0e9  # work of one graph with more than one column: enough to time
 _PASS_SECONDS = 0.06  # longest timed pass; a slower graph is shortened
 _NODES = 4096
+_LEAST_REPEATS, _ENOUGH_SECONDS = 3, 60.0  # on a crowded machine fewer rounds must do
 
 
 @dataclass
@@ -218,6 +219,7 @@ def measure(
     try:
         jobs = _prepare(kernels, library, cells, batches, stream_bytes, seed)
         readings: list[list[Any]] = [[] for _ in jobs]
+        start = time.perf_counter()
         for repeat in range(repeats):
             for i, job in enumerate(jobs):
                 if job.warm:
@@ -226,6 +228,8 @@ def measure(
                     kernels.compute(job.graph)
                 readings[i].append(window.reading.per(job.count))
             progress((repeat + 1) / repeats)
+            if repeat + 1 >= _LEAST_REPEATS and time.perf_counter() - start > _ENOUGH_SECONDS:
+                break
         return [_summary(r) for r in readings]
     finally:
         kernels.close()

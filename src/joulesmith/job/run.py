@@ -7,7 +7,7 @@ so that a run that was stopped goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from joulesmith.report.result import Result
 from joulesmith.workspace import Workspace, fingerprint
 
 if TYPE_CHECKING:
-    from joulesmith.engines.base import Engine
+    from joulesmith.engines.base import Bench, Engine, Session
     from joulesmith.models import Model
     from joulesmith.plan.candidates import Candidates
     from joulesmith.plan.damage import Correction
@@ -341,7 +341,7 @@ class _Job:
                 for name, path in paths.items()
             }
             return rounds(
-                {n: lambda i, s=s: s.bench(prefill, decode, seed=i) for n, s in sessions.items()},
+                {n: _bench(s, prefill, decode) for n, s in sessions.items()},
                 self.pairs,
                 self.ws.get("rounds") or (),
                 lambda found: self.ws.put("rounds", found),
@@ -359,11 +359,15 @@ class _Job:
         with self.engine.load(path, context=prefill + decode) as session:
             return rounds(
                 {
-                    PLAN: lambda i: session.bench(prefill, decode, seed=i),
-                    TORCH: lambda i: torch_session.bench(prefill, decode, seed=i),
+                    PLAN: _bench(session, prefill, decode),
+                    TORCH: _bench(torch_session, prefill, decode),
                 },
                 self.s.torch_pairs,
                 self.ws.get("rounds-torch") or (),
                 lambda found: self.ws.put("rounds-torch", found),
                 tick,
             )
+
+
+def _bench(session: Session, prefill: int, decode: int) -> Callable[[int], Bench]:
+    return lambda i: session.bench(prefill, decode, seed=i)

@@ -73,8 +73,7 @@ class Candidates:
             path = self.path(r.ref.name, r.type)
             _save(path, r.packed)
             if r.moments is not None:
-                squares = r.moments.hessian.diagonal().contiguous().numpy()
-                _save(self.path(r.ref.name, "importance"), squares)
+                _save(self.path(r.ref.name, "importance"), r.moments.squares.numpy())
         with atomic_path(self.folder / f"damage-{block}.json") as temporary:
             temporary.write_text(json.dumps(damage))
         self.damage.update(damage)

@@ -48,7 +48,7 @@ def linear_damage(change: torch.Tensor, moments: Moments) -> float:
     total = 0.0
     for start in range(0, change.shape[0], 8192):
         part = change[start : start + 8192]
-        quadratic = ((part @ moments.weighted) * part).sum(dim=1)
+        quadratic = ((part @ moments.hessian) * part).sum(dim=1)
         total += 0.5 * float((quadratic.clamp_min(0) * moments.fisher[start : start + 8192]).sum())
     return total
 

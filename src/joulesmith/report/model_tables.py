@@ -71,8 +71,8 @@ def render_inspection(found: Inspection, console: Console, *, every_tensor: bool
     ]
     if found.made_by:
         lines.append(f"written by {found.made_by}")
-    for line in lines:
-        console.print(Text(line))
+    for text in lines:
+        console.print(Text(text))
     table = Table(box=None, pad_edge=False)
     table.add_column("type")
     for name in ("tensors", "weights", "bytes", "bits per weight"):

@@ -23,7 +23,7 @@ def shared_curvature(moments: Moments | None, effort: str) -> Curvature | None:
     """Factor a layer's Hessian once for all types; None where rounding is to nearest."""
     if moments is None or EFFORTS[effort] is None:
         return None
-    return curvature(moments.weighted)
+    return curvature(moments.hessian)
 
 
 def round_weight(

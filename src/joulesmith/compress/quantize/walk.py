@@ -90,6 +90,18 @@ def walk(
     emit("ends", found)
 
 
+def _both_ends(moments: Moments, head: HeadMoments) -> torch.Tensor:
+    """The Hessian of a matrix that is both the head and the embedding (tied weights).
+
+    Both uses cost KL in the same unit (`plan.damage`): sum_r fisher_r dw H dw^T as the
+    head, sum_r share_r dw diag(input_fisher) dw^T as the embedding. Rows share one Hessian
+    here, so each use weighs with its sum over rows.
+    """
+    import torch
+
+    return moments.hessian * moments.fisher.sum() + torch.diag(head.input_fisher)
+
+
 def _round(
     model: Model,
     ref: TensorRef,
@@ -112,7 +124,10 @@ def _round(
             f"none of {', '.join(types)} can hold {ref.name}: its rows have "
             f"{weight.shape[1]} weights, no whole number of blocks"
         )
-    curve = shared_curvature(moments, effort)
+    fitted = moments
+    if moments is not None and head is not None:
+        fitted = replace(moments, hessian=_both_ends(moments, head))
+    curve = shared_curvature(fitted, effort)
     found = []
     for g in fitting:
         packed = round_weight(weight, curve, g, effort=effort)
