@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 from joulesmith.engines.llamacpp import LlamaCpp, LlamaSession
 
 gguf = pytest.importorskip("gguf")
-pytest.importorskip("xllamacpp", reason="the engine wheel is not installed")
+if find_spec("xllamacpp") is None:
+    pytest.skip("the engine wheel is not installed", allow_module_level=True)
 
 VOCAB, HIDDEN, HEADS, KV_HEADS, LAYERS, FFN = 128, 64, 4, 2, 2, 128
 

@@ -205,6 +205,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 }
 
 
+_CALLBACKS: list[Any] = []
+
+
 class Library:
     """An opened llama.cpp. Functions are attributes of ``c``; errors it logged are kept."""
 
@@ -212,9 +215,10 @@ class Library:
         self.path = path
         self.c = c
         self.errors: deque[str] = deque(maxlen=8)
-        # the callback must live as long as the library may log
-        self._log = LogCallback(self._keep)
-        c.llama_log_set(self._log, None)
+        callback = LogCallback(self._keep)
+        # a library is never unloaded and may log at any time, so this is never freed
+        _CALLBACKS.append(callback)
+        c.llama_log_set(callback, None)
         c.llama_backend_init()
 
     def _keep(self, level: int, text: bytes | None, _: object) -> None:

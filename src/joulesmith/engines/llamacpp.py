@@ -141,8 +141,8 @@ class LlamaCpp:
         stream_bytes: weight bytes passed over between two uses of the same matrix, as in
         decoding a model of that size; decides what the caches can hold.
         repeats: rounds over all cells, so that drift of the machine hits all alike; medians
-        are returned; from three rounds on it stops after a minute. Order: cells x batches. Raises `EngineError` for a cell that the engine
-        cannot multiply.
+        are returned; from three rounds on it stops after a minute. Order: cells x batches.
+        Raises `EngineError` for a cell that the engine cannot multiply.
         """
         if not cells:
             return []
