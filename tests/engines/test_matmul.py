@@ -88,7 +88,7 @@ def test_table_of_costs(engine: LlamaCpp) -> None:
     cells = [MatmulCell(64, 256, t) for t in ("Q4_0", "Q8_0", "F16")] + [MatmulCell(24, 96, "Q8_0")]
     shares: list[float] = []
     costs = engine.matmul_table(
-        cells, batches=(1, 8), stream_bytes=1 << 18, repeats=3, threads=1, progress=shares.append
+        cells, batches=(1, 8), stream_weights=1 << 18, repeats=3, threads=1, progress=shares.append
     )
     assert [(c.cell, c.batch) for c in costs] == [(c, b) for c in cells for b in (1, 8)]
     for cost in costs:
@@ -106,4 +106,4 @@ def test_table_of_costs(engine: LlamaCpp) -> None:
 )
 def test_cells_that_cannot_be(engine: LlamaCpp, cell: MatmulCell) -> None:
     with pytest.raises(EngineError, match="has no"):
-        engine.matmul_table([cell], repeats=1, stream_bytes=1 << 16)
+        engine.matmul_table([cell], repeats=1, stream_weights=1 << 16)

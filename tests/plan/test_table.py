@@ -91,7 +91,7 @@ def test_cache_round_trip_and_only_missing_cells(tmp_path: Path) -> None:
     assert len(engine.asked) == 2
 
 
-@pytest.mark.parametrize("change", [{"threads": 1}, {"stream_bytes": 5}, {"repeats": 9}])
+@pytest.mark.parametrize("change", [{"threads": 1}, {"stream_weights": 5}, {"repeats": 9}])
 def test_other_conditions_are_other_tables(tmp_path: Path, change: dict[str, int]) -> None:
     measure(FakeEngine(), tmp_path)
     engine = FakeEngine()

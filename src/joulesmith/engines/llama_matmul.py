@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from joulesmith.energy.reading import worst
@@ -30,6 +31,7 @@ _TILE_ROWS, _TILE_COLUMNS = 512, 256  # quantized once per type, then repeated i
 _BATCH_FLOP = 2.0e9  # work of one graph with more than one column: enough to time
 _PASS_SECONDS = 0.06  # longest timed pass; a slower graph is shortened
 _NODES = 4096
+_LARGEST_STREAM = 256 * 2**20
 _LEAST_REPEATS, _ENOUGH_SECONDS = 3, 60.0  # on a crowded machine fewer rounds must do
 
 
@@ -205,7 +207,7 @@ def measure(
     *,
     cells: Sequence[tuple[int, int, str]],
     batches: Sequence[int],
-    stream_bytes: int,
+    stream_weights: int,
     repeats: int,
     threads: int,
     progress: Callable[[float], None],
@@ -217,7 +219,7 @@ def measure(
     """
     kernels = Kernels(library, threads)
     try:
-        jobs = _prepare(kernels, library, cells, batches, stream_bytes, seed)
+        jobs = _prepare(kernels, library, cells, batches, stream_weights, seed)
         readings: list[list[Any]] = [[] for _ in jobs]
         start = time.perf_counter()
         for repeat in range(repeats):
@@ -240,12 +242,15 @@ def _prepare(
     library: Library,
     cells: Sequence[tuple[int, int, str]],
     batches: Sequence[int],
-    stream_bytes: int,
+    stream_weights: int,
     seed: int,
 ) -> list[_Job]:
     c = library.c
     rng = np.random.default_rng(seed)
-    sized: list[tuple[tuple[int, int, int], int, int]] = []
+    # weights of all types are in memory at once, since rounds go over all cells
+    kinds = len({name for _, _, name in cells})
+    largest = min(_LARGEST_STREAM, psutil.virtual_memory().available // (4 * max(1, kinds)))
+    sized: list[tuple[tuple[int, int, int], int, int, int]] = []
     need: dict[tuple[int, int], int] = {}
     for rows, columns, name in cells:
         kind = GGML_TYPES.get(name)
@@ -253,9 +258,12 @@ def _prepare(
             raise EngineError(f"llama.cpp has no {rows}x{columns} matrix of type {name}")
         size = rows * columns // c.ggml_blck_size(kind) * c.ggml_type_size(kind)
         where = kernels.buffer_type(kind, rows, columns)
-        sized.append(((rows, columns, kind), size, where))
+        # the whole model in this type, as far as that is more than any cache
+        stream = stream_weights // c.ggml_blck_size(kind) * c.ggml_type_size(kind)
+        stream = min(stream, largest)
+        sized.append(((rows, columns, kind), size, where, stream))
         slack = math.lcm(_ALIGN, 8 * c.ggml_type_size(kind))
-        need[kind, where] = max(need.get((kind, where), 0), stream_bytes, size) + slack
+        need[kind, where] = max(need.get((kind, where), 0), stream + slack, size + slack)
     arenas = {key: kernels.arena(*key, size, rng) for key, size in need.items()}
     widest = max(columns for _, columns, _ in cells) * max(batches)
     tallest = max(rows for rows, _, _ in cells) * max(batches)
@@ -263,10 +271,10 @@ def _prepare(
     view = np.frombuffer(memoryview((C.c_uint8 * (4 * widest)).from_address(x[1])), np.float32)
     view[:] = rng.standard_normal(widest, np.float32)
     jobs = []
-    for cell, size, where in sized:
+    for cell, size, where, stream in sized:
         for batch in batches:
             flop = 2.0 * cell[0] * cell[1] * batch
-            many = stream_bytes / size if batch == 1 else _BATCH_FLOP / flop
+            many = stream / size if batch == 1 else _BATCH_FLOP / flop
             count = min(_NODES, max(1, round(many)))
             job = kernels.job(arenas[cell[2], where], cell, batch, count, x, y)
             kernels.compute(job.graph)

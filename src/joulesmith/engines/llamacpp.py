@@ -131,15 +131,15 @@ class LlamaCpp:
         cells: Sequence[MatmulCell],
         *,
         batches: Sequence[int] = (1, 64),
-        stream_bytes: int = 96 * 2**20,
+        stream_weights: int = 2**27,
         repeats: int = 5,
         threads: int | None = None,
         progress: Progress | None = None,
     ) -> list[MatmulCost]:
         """Cost of ``y = W x`` on this engine's own kernels, for each cell and batch.
 
-        stream_bytes: weight bytes passed over between two uses of the same matrix, as in
-        decoding a model of that size; decides what the caches can hold.
+        stream_weights: weights passed over between two uses of the same matrix: the model's
+        parameters. Decides what the caches can hold; memory taken is up to 256 MiB a type.
         repeats: rounds over all cells, so that drift of the machine hits all alike; medians
         are returned; from three rounds on it stops after a minute. Order: cells x batches.
         Raises `EngineError` for a cell that the engine cannot multiply.
@@ -153,7 +153,7 @@ class LlamaCpp:
                     "op": "matmul",
                     "cells": [[c.rows, c.columns, c.type] for c in cells],
                     "batches": list(batches),
-                    "stream_bytes": int(stream_bytes),
+                    "stream_weights": int(stream_weights),
                     "repeats": int(repeats),
                     "threads": _threads(threads),
                 },

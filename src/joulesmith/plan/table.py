@@ -23,8 +23,8 @@ from joulesmith.engines.matmul import MatmulCell, MatmulCost
 from joulesmith.errors import JoulesmithError
 
 SCHEMA = 1
-STREAM_BYTES = 96 * 2**20
-"""Weights passed over between two uses of one matrix, when the model's size is not given."""
+STREAM_WEIGHTS = 2**27
+"""Parameters of a model whose size is not given: more than caches hold in any type."""
 _LARGEST_BATCH = 512  # the engine cuts longer prompts into pieces of this many tokens
 _LEAST_BATCH = 2  # below, prefill is decode
 
@@ -45,7 +45,7 @@ class TableEngine(Protocol):
         cells: Sequence[MatmulCell],
         *,
         batches: Sequence[int],
-        stream_bytes: int,
+        stream_weights: int,
         repeats: int,
         threads: int | None,
         progress: Progress | None,
@@ -73,7 +73,7 @@ class JouleTable:
         progress: Progress | None = None,
         *,
         cache_dir: Path | None = None,
-        stream_bytes: int = STREAM_BYTES,
+        stream_weights: int = STREAM_WEIGHTS,
         repeats: int = 5,
         threads: int | None = None,
     ) -> JouleTable:
@@ -81,14 +81,15 @@ class JouleTable:
 
         engine: a `TableEngine`. shapes: (rows, columns) of the matrices. types: names as in
         GGUF ("Q4_0"); a type whose blocks do not divide a shape's columns is left out there.
-        batch: tokens of a prompt. cache_dir: default ``$XDG_CACHE_HOME/joulesmith``; a
-        damaged or foreign cache is measured anew, an unwritable one is done without.
+        batch: tokens of a prompt. stream_weights: parameters of the model. cache_dir: default
+        ``$XDG_CACHE_HOME/joulesmith``; a damaged or foreign cache is measured anew, an
+        unwritable one is done without.
         Raises `EngineError` when the engine cannot run, `JoulesmithError` for an unknown type.
         """
         if not hasattr(engine, "matmul_table"):
             raise JoulesmithError(f"engine {engine.name} cannot measure single multiplications")
         batch = min(_LARGEST_BATCH, max(_LEAST_BATCH, batch))
-        key = _key(engine, threads, stream_bytes, repeats)
+        key = _key(engine, threads, stream_weights, repeats)
         path = _folder(cache_dir) / f"matmul-{_digest(key)}.json"
         wanted = _cells(shapes, types)
         known = _read(path, key)
@@ -98,7 +99,7 @@ class JouleTable:
             fresh = engine.matmul_table(
                 missing,
                 batches=batches,
-                stream_bytes=stream_bytes,
+                stream_weights=stream_weights,
                 repeats=repeats,
                 threads=threads,
                 progress=progress,
@@ -174,7 +175,7 @@ def _folder(cache_dir: Path | None) -> Path:
     return root / "joulesmith"
 
 
-def _key(engine: Any, threads: int | None, stream_bytes: int, repeats: int) -> dict[str, Any]:
+def _key(engine: Any, threads: int | None, stream_weights: int, repeats: int) -> dict[str, Any]:
     """What a cost depends on besides its cell and batch."""
     from joulesmith.energy import EnergyMeter
     from joulesmith.energy.cpus import identify
@@ -191,7 +192,7 @@ def _key(engine: Any, threads: int | None, stream_bytes: int, repeats: int) -> d
         "threads": threads or engine.threads,
         "engine": engine.version,
         "energy": source,
-        "stream_bytes": stream_bytes,
+        "stream_weights": stream_weights,
         "repeats": repeats,
     }
 
