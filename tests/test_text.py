@@ -175,6 +175,19 @@ def test_self_samples_are_seeded_and_keep_the_cache_right(tiny):
     assert picked > random + 0.5
 
 
+def test_attention_of_one_query_is_torchs(tiny):
+    import torch
+
+    torch.manual_seed(1)
+    q, k, v = torch.randn(2, 6, 1, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
+    got, _ = text._attend(None, q, k, v, None, 8**-0.5)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(got, expected.transpose(1, 2))
+    before = tiny.module.config._attn_implementation
+    text.self_samples(tiny, 1, 3)
+    assert tiny.module.config._attn_implementation == before
+
+
 def test_self_samples_refuse_what_cannot_be(tiny):
     with pytest.raises(JoulesmithError, match="exceed the model's context of 64"):
         text.self_samples(tiny, 2, 65)
