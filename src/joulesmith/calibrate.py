@@ -16,7 +16,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +40,16 @@ class Moments:
              depends on them
     squares: (columns,) E[x^2], unweighted: llama.cpp's importance matrix
     fisher:  (rows,) E[g^2] of the output gradients, float32
+    rounding: block size -> (columns,) E[s e^2] with e what an input loses when it is rounded
+             to 8 bits in blocks of that many neighbours sharing one scale, as llama.cpp's
+             kernels for block types do; blocks that do not divide the columns are left out
     """
 
     hessian: torch.Tensor
     squares: torch.Tensor
     fisher: torch.Tensor
     tokens: int
+    rounding: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,17 @@ Visit = Callable[[int, Mapping[str, Moments]], None]
 """Called with a block's index and the moments of its linear layers by parameter name."""
 
 
+ACTIVATION_BLOCKS = (32, 256)
+"""Q8_0 and Q8_K: what llama.cpp rounds the inputs of legacy and of K types to."""
+
+
+def round_activations(x: torch.Tensor, block: int) -> torch.Tensor:
+    """x (tokens, columns) rounded to 8 bits, one scale for each ``block`` neighbours."""
+    parts = x.reshape(x.shape[0], -1, block)
+    step = parts.abs().amax(dim=2, keepdim=True) / 127
+    return ((parts / step.clamp_min(1e-30)).round() * step).reshape(x.shape)
+
+
 class _Accumulator:
     """Streams one linear layer's inputs and output gradients into moments."""
 
@@ -75,6 +90,7 @@ class _Accumulator:
         self.squares = torch.zeros(columns)
         self.weighted = torch.zeros(columns, columns)
         self.fisher = torch.zeros(rows)
+        self.rounding = {b: torch.zeros(columns) for b in ACTIVATION_BLOCKS if columns % b == 0}
         self.weight = 0.0
         self.tokens = 0
 
@@ -89,13 +105,21 @@ class _Accumulator:
         self.weighted.addmm_(root.T, root)
         self.squares += x.square().sum(dim=0)
         self.fisher += fisher
+        for block, total in self.rounding.items():
+            total += s @ (x - round_activations(x, block)).square()
         self.weight += float(s.sum())
         self.tokens += x.shape[0]
 
     def done(self) -> Moments:
         n = max(self.tokens, 1)
-        hessian = self.weighted / self.weight if self.weight > 0 else self.weighted
-        return Moments(hessian, self.squares / n, self.fisher / n, self.tokens)
+        weight = self.weight if self.weight > 0 else 1.0
+        return Moments(
+            self.weighted / weight,
+            self.squares / n,
+            self.fisher / n,
+            self.tokens,
+            {b: t / weight for b, t in self.rounding.items()},
+        )
 
 
 def calibrate(

@@ -61,8 +61,12 @@ EngineLib = Annotated[
 def optimize(
     model: Model,
     keep: Annotated[
-        float, typer.Option(help="Least quality to keep, as a share (perplexity ratio).")
-    ] = 0.99,
+        str,
+        typer.Option(
+            help="Least quality to keep: a share (perplexity ratio), or a type such as Q4_K_M: "
+            "what that keeps."
+        ),
+    ] = "0.99",
     engine: EngineName = "llama.cpp",
     workload: Workload = "64:256",
     calib: Annotated[
@@ -105,7 +109,7 @@ def optimize(
 
     settings = Settings(
         model=model,
-        keep=keep,
+        keep=parse_keep(keep),
         engine=engine,
         workload=parse_workload(workload),
         calib=calib,
@@ -197,6 +201,14 @@ def report(
     write_page(result, page)
     _show(result)
     print(f"Report: {page}")
+
+
+def parse_keep(text: str) -> float | str:
+    """ "0.99" -> 0.99; anything else is taken as the name of a mixture."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def parse_workload(text: str) -> tuple[int, int]:

@@ -74,7 +74,7 @@ def measure_model(
         size = path.stat().st_size
     return Measurement(
         model=source.name,
-        engine=f"{runner.name} {runner.version}",
+        engine=runner.version,
         file_bytes=size,
         workload=workload,
         repeat=repeat,

@@ -16,14 +16,16 @@ TYPES = {"Q8_0": (1.0, 1e-5, 34), "Q5_0": (1.05, 1e-4, 22), "Q4_0": (0.6, 4e-3, 
 ROLES = ["attn_q", "attn_v", "ffn_up", "ffn_down"]
 
 
-def space(seed: int = 0) -> Space:
+def space(seed: int = 0, rounding: float = 0.0) -> Space:
     rng = np.random.default_rng(seed)
     names = [f"blk.{i}.{r}.weight" for i in range(6) for r in ROLES]
     weight = dict(zip(names, rng.lognormal(0, 1, len(names)), strict=True))
+    inputs = dict(zip(names, rng.lognormal(0, 2, len(names)) * rounding, strict=True))
     return Space(
         joules={n: {t: j for t, (j, _, _) in TYPES.items()} for n in names},
         sizes={n: {t: s for t, (_, _, s) in TYPES.items()} for n in names},
         damage={n: {t: d * weight[n] for t, (_, d, _) in TYPES.items()} for n in names},
+        activation={n: {t: 2e-3 * inputs[n] for t in TYPES} for n in names},
         roles={n: n.split(".")[2] for n in names},
     )
 
@@ -50,7 +52,9 @@ def judge_of(s: Space, calls: list[Mapping[str, str]] | None = None):  # type: i
     def judge(types: Mapping[str, str]) -> Quality:
         if calls is not None:
             calls.append(types)
-        return quality(sum(s.damage[t][k] * TRUTH[group(s.roles[t])] for t, k in types.items()))
+        weights = sum(s.damage[t][k] * TRUTH[group(s.roles[t])] for t, k in types.items())
+        inputs = sum(s.activation[t][k] * 0.05 for t, k in types.items())
+        return quality(weights + inputs)
 
     return judge
 
@@ -59,6 +63,19 @@ def test_correction_finds_the_true_factors() -> None:
     s = space()
     c = correct(s, judge_of(s), ["Q4_0"])
     for g, true in TRUTH.items():
+        assert c.factor(g, "Q4_0") == pytest.approx(true, rel=0.05)
+
+
+def test_rounded_inputs_are_told_from_rounded_weights() -> None:
+    s = space(rounding=1.0)
+    for n in s.damage:
+        s.damage[n]["BF16"] = s.activation[n]["BF16"] = 0.0  # type: ignore[index]
+        s.joules[n]["BF16"] = 2.0  # type: ignore[index]
+        s.sizes[n]["BF16"] = 64  # type: ignore[index]
+    assert best_types(s) == dict.fromkeys(s.damage, "BF16")
+    c = correct(s, judge_of(s), ["Q4_0"])
+    for g, true in TRUTH.items():
+        assert c.factor(g, "inputs") == pytest.approx(0.05, rel=0.05)
         assert c.factor(g, "Q4_0") == pytest.approx(true, rel=0.05)
 
 

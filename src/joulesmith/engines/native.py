@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from joulesmith.atomic import atomic_folder
 from joulesmith.engines.llama_abi import PACKAGE, package_version
-from joulesmith.errors import EngineError, MissingExtraError
+from joulesmith.errors import EngineError, JoulesmithError, MissingExtraError
 
 _INSIDE = PurePosixPath("thirdparty/llama.cpp")
 _LARGEST = 2 << 30  # bytes unpacked; the source is about 150 MB
@@ -166,3 +166,11 @@ def _proven(library: Path) -> Path:
     if done.returncode:
         raise EngineError(f"the built library does not work: {_tail(done)}")
     return library
+
+
+if __name__ == "__main__":
+    try:
+        print(build_native())
+    except JoulesmithError as e:
+        print(f"joulesmith: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)

@@ -14,6 +14,9 @@ from joulesmith.errors import JoulesmithError
 if TYPE_CHECKING:
     from joulesmith.models import TensorRef
 
+MARKS = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
+"""Reference points of every run."""
+
 MIXTURES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q5_0", "Q4_0", "IQ4_NL")
 
 _BASE = {"Q5_K_M": "Q5_K", "Q4_K_M": "Q4_K"}

@@ -13,9 +13,9 @@ from joulesmith._version import __version__
 from joulesmith.energy import grid as find_grid
 from joulesmith.energy import price as find_price
 from joulesmith.job import summary
-from joulesmith.job.marks import Mark, Rival, given_types
 from joulesmith.job.judge import FLOAT, bits_per_weight
 from joulesmith.job.machine import machine
+from joulesmith.job.marks import Mark, Rival, given_types
 from joulesmith.plan.search import Space, Trial, front, option_damage
 from joulesmith.plan.space import totals
 from joulesmith.report.result import Ratio, Result, Run, TableCell, TensorChoice
@@ -42,6 +42,7 @@ class Found:
     """
 
     settings: Settings
+    keep: float
     model: Model
     engine: Engine
     inputs: Inputs
@@ -61,7 +62,7 @@ class Found:
     @property
     def passed(self) -> bool:
         """Whether the plan clears the floor on the final windows."""
-        return self.quality.passes(self.settings.keep)
+        return self.quality.passes(self.keep)
 
     @property
     def export_name(self) -> str:
@@ -93,15 +94,15 @@ def assemble(f: Found, timings: Mapping[str, float], peak: int | None) -> Result
         architecture=model.architecture,
         parameters=model.parameters,
         origin=model.origin,
-        engine=f"{f.engine.name} {f.engine.version}",
+        engine=f.engine.version,
         machine=machine(f.engine.threads),
-        keep=s.keep,
+        keep=f.keep,
         workload_prefill=s.workload[0],
         workload_decode=s.workload[1],
         calibration=f"{f.inputs.calibration_text}, {f.inputs.calibration.size} tokens",
         evaluation=f"{f.inputs.evaluation_text}, {f.quality.tokens} tokens judged",
         status=status,  # type: ignore[arg-type]
-        verdict=summary.verdict(runs[0], headline, s.keep, status),
+        verdict=summary.verdict(runs[0], headline, f.keep, status),
         headline_baseline=best.name,
         runs=tuple(runs),
         ratios=tuple(ratios),
@@ -117,8 +118,8 @@ def assemble(f: Found, timings: Mapping[str, float], peak: int | None) -> Result
 
 
 def _runs(f: Found) -> list[Run]:
-    engine = f"{f.engine.name} {f.engine.version}"
-    keep = f.settings.keep
+    engine = f.engine.version
+    keep = f.keep
     runs = [
         summary.make_run(
             PLAN,
@@ -210,6 +211,8 @@ def _caveats(f: Found) -> tuple[str, ...]:
             "The reference is the given file's own weights: what it lost when it was "
             "quantized is not seen here."
         )
+    if isinstance(f.settings.keep, str):
+        out.append(f"The floor is what a {f.settings.keep} file of this model keeps.")
     if f.settings.calib is None:
         out.append("Calibrated on the model's own samples, not on the user's text.")
     return tuple(out)

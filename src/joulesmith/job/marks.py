@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from joulesmith.models import Model
     from joulesmith.plan.candidates import Candidates
 
-MIXTURES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
 _FLOATS = ("F32", "F16", "BF16")
 
 
@@ -120,20 +119,21 @@ def uniform_marks(
         if key in seen:
             continue
         seen[key] = name
-        quality = _quality(peer, types, f"mark-{name}-{key}", engine, reference, workspace)
+        quality = judge_mark(peer, types, engine, reference, workspace)
         found.append(Mark(name, types, quality))
         progress((i + 1) / len(names))
     return found
 
 
-def _quality(
+def judge_mark(
     peer: Peer,
     types: Mapping[str, str],
-    key: str,
     engine: Engine,
     reference: Reference,
     workspace: Workspace,
 ) -> Quality:
+    """Quality of one mixture on ``reference``'s windows; kept in the workspace."""
+    key = f"mark-{reference.path.stem}-{fingerprint(dict(types))}"
     stored = workspace.get(key)
     if stored is not None:
         return Quality(**stored)
@@ -192,7 +192,7 @@ def write_rivals(
             path = model.given.path
         elif not path.exists():
             write_choice(model, peer, types, path)
-        key = f"final-{fingerprint([name, types])}"
+        key = f"mark-{final.path.stem}-{fingerprint(types)}"
         stored = workspace.get(key)
         quality = Quality(**stored) if stored else score_file(engine, path, final)
         workspace.put(key, quality.to_dict())

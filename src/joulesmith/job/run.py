@@ -7,6 +7,7 @@ so that a run that was stopped goes on where it was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +19,7 @@ from joulesmith.compress.recipe import Recipe
 from joulesmith.engines import get_engine
 from joulesmith.engines.compare import rounds
 from joulesmith.errors import FloorNotMetError
+from joulesmith.export.mixtures import MARKS
 from joulesmith.job import marks
 from joulesmith.job.assemble import PLAN, TORCH, Found, assemble
 from joulesmith.job.inputs import Inputs, gather
@@ -25,8 +27,8 @@ from joulesmith.job.judge import FLOAT, Judge, score_file, write_choice
 from joulesmith.job.machine import PeakMemory
 from joulesmith.job.settings import Settings, check
 from joulesmith.plan import candidates as candidate_store
-from joulesmith.plan.search import Space, Trial, correct, loss_bound, safer, search
-from joulesmith.plan.space import fast_types, make_space, price_rest, worthwhile
+from joulesmith.plan.search import Space, Trial, correct, safer, search
+from joulesmith.plan.space import fast_types, make_space, price_rest, stream_weights, worthwhile
 from joulesmith.progress import Progress, Tick
 from joulesmith.quality import Quality, Reference, write_reference
 from joulesmith.report.files import PAGE_NAME, RESULT_NAME, load_result, write_json
@@ -63,7 +65,7 @@ EXPECTED = {
 def optimize(
     model: str,
     *,
-    keep: float = 0.99,
+    keep: float | str = 0.99,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Result:
@@ -108,6 +110,7 @@ class _Job:
         usual = sum(EXPECTED.values())
         budget = settings.time_budget
         self.share = 1.0 if budget is None else min(1.0, max(0.2, budget / usual))
+        self.keep = 1.0 if isinstance(settings.keep, str) else float(settings.keep)
         self.pairs = settings.pairs if self.share == 1.0 else max(3, round(7 * self.share))
 
     def run(self) -> Result:
@@ -164,12 +167,14 @@ class _Job:
             )
             if given and not accident:
                 marks.keep_given(model, store)
-        space = make_space(model.matrices(), store.damage, table.price, self.s.workload, FLOAT)
+        space = make_space(
+            model.matrices(), store.damage, store.activation, table.price, self.s.workload, FLOAT
+        )
         judge = Judge(model, self.engine, store, seen, self.ws, "search")
         peer = marks.Peer(model, store, self.s.engine_lib)
         with stage("measure damage") as tick:
             found_marks = marks.uniform_marks(
-                peer, marks.MIXTURES, self.engine, seen, self.ws, lambda x: tick(x * 0.4)
+                peer, MARKS, self.engine, seen, self.ws, lambda x: tick(x * 0.4)
             )
             fast = fast_types(space)
             correction = correct(space, judge, fast, lambda x: tick(0.4 + 0.6 * x))
@@ -178,21 +183,18 @@ class _Job:
                 space,
                 correction,
                 judge,
-                self.s.keep,
+                self._floor(found_marks),
                 final_tokens=final.nll.size,
                 rounds=max(3, round(7 * self.share)),
                 progress=tick,
             )
         with stage("judge") as tick:
+            if isinstance(self.s.keep, str):
+                self.keep = self._final_kept(peer, found_marks, final)
             trial, quality, path = self._judge(
                 model, store, space, correction, trials, final, lambda x: tick(x * 0.5)
             )
-            shown = [
-                m
-                for m in found_marks
-                if m.name == "Q4_K_M"
-                or loss_bound(m.quality, final.nll.size) <= 1.1 * loss_bound(quality, 1 << 30)
-            ]
+            shown = [m for m in found_marks if m.name == "Q4_K_M" or self._near_floor(m)]
             rivals = marks.write_rivals(
                 peer,
                 shown,
@@ -213,6 +215,7 @@ class _Job:
             found_torch = self._measure_torch(model, path, tick)
         self.done = Found(
             self.s,
+            self.keep,
             model,
             self.engine,
             inputs,
@@ -230,6 +233,22 @@ class _Job:
             found_torch,
         )
         return assemble(self.done, self.progress.done, memory.peak)
+
+    def _floor(self, found: list[marks.Mark]) -> float:
+        """The floor on the search windows; where it is a mixture's name, what that keeps there."""
+        if isinstance(self.s.keep, str):
+            mark = next(m for m in found if m.name == self.s.keep)
+            self.keep = min(1.0, mark.quality.kept)
+        return self.keep
+
+    def _near_floor(self, mark: marks.Mark) -> bool:
+        """Whether a mixture may clear the floor on the final windows: then it is a rival."""
+        return -math.log(mark.quality.kept) <= 1.3 * -math.log(self.keep) + 0.002
+
+    def _final_kept(self, peer: marks.Peer, found: list[marks.Mark], final: Reference) -> float:
+        """What the mixture that names the floor keeps on the final windows."""
+        mark = next(m for m in found if m.name == self.s.keep)
+        return min(1.0, marks.judge_mark(peer, mark.types, self.engine, final, self.ws).kept)
 
     def _references(self, model: Model, inputs: Inputs, tick: Tick) -> tuple[Reference, Reference]:
         """The float model's probabilities on the search and the final windows."""
@@ -268,7 +287,12 @@ class _Job:
         left_out = marks.main_type(given, model) if accident else None
         types = [t for t in (*legacy.GRIDS, *kquants.GRIDS) if t != left_out]
         table = JouleTable.measure(
-            self.engine, shapes, [*types, FLOAT], self.s.workload[0], lambda x: tick(0.8 * x)
+            self.engine,
+            shapes,
+            [*types, FLOAT],
+            self.s.workload[0],
+            lambda x: tick(0.8 * x),
+            stream_weights=stream_weights(model.parameters),
         )
 
         def cost(rows: int, columns: int, kind: str) -> float | None:
@@ -283,8 +307,9 @@ class _Job:
         stored = self.ws.get("rest")
         if stored is None:
             path = marks.write_float(model, self.ws)
-            with self.engine.load(path, context=sum(self.s.workload)) as session:
-                runs = [session.bench(self.s.workload[0], 64, seed=i) for i in range(3)]
+            prefill, decode = self.s.workload[0], min(64, self.s.workload[1])
+            with self.engine.load(path, context=prefill + decode) as session:
+                runs = [session.bench(prefill, decode, seed=i) for i in range(3)]
             stored = self.ws.put("rest", price_rest(model.matrices(), table.price, FLOAT, runs))
         tick(1.0)
         return table, stored, chosen
@@ -321,7 +346,7 @@ class _Job:
             quality = Quality(**stored) if stored else score_file(self.engine, path, final)
             self.ws.put(key, quality.to_dict())
             tick((attempt + 1) / ATTEMPTS)
-            if quality.passes(self.s.keep):
+            if quality.passes(self.keep):
                 return trial, quality, path
             misses.append((trial, quality))
             choice = safer(space, correction, trial)

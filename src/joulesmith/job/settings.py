@@ -9,6 +9,7 @@ from typing import Any
 
 from joulesmith._version import __version__
 from joulesmith.errors import JoulesmithError
+from joulesmith.export.mixtures import MARKS
 from joulesmith.quality import check_floor
 from joulesmith.workspace import fingerprint
 
@@ -17,7 +18,8 @@ from joulesmith.workspace import fingerprint
 class Settings:
     """The arguments of one run.
 
-    keep: the floor, lower 95 % bound of ppl(reference) / ppl(plan). workload: tokens
+    keep: the floor, least ppl(reference) / ppl(plan) at 95 % confidence; or the name of a
+    llama.cpp mixture ("Q4_K_M"): what a file of that mixture keeps. workload: tokens
     (prefill, decode) of the request that is made cheap. calib/eval: text files, or
     None for the model's own samples and the English text that Python ships.
     time_budget: seconds; shortens calibration, search and measuring. out: the run's
@@ -25,7 +27,7 @@ class Settings:
     """
 
     model: str
-    keep: float = 0.99
+    keep: float | str = 0.99
     engine: str = "llama.cpp"
     workload: tuple[int, int] = (64, 256)
     calib: str | None = None
@@ -69,7 +71,7 @@ class Settings:
 
     def command(self) -> str:
         """The command that repeats this run."""
-        parts = ["joulesmith", "optimize", self.model, "--keep", f"{self.keep:g}"]
+        parts = ["joulesmith", "optimize", self.model, "--keep", _plain(self.keep)]
         for flag, value, usual in (
             ("--engine", self.engine, "llama.cpp"),
             ("--workload", f"{self.workload[0]}:{self.workload[1]}", "64:256"),
@@ -88,7 +90,13 @@ class Settings:
 
 def check(s: Settings) -> None:
     """Refuse arguments that cannot work, before any work is done. Raises `JoulesmithError`."""
-    check_floor(s.keep)
+    if isinstance(s.keep, str):
+        if s.keep not in MARKS:
+            raise JoulesmithError(
+                f"--keep is a share such as 0.99 or one of {', '.join(MARKS)}, got {s.keep!r}"
+            )
+    else:
+        check_floor(s.keep)
     if min(s.workload) < 1 or sum(s.workload) > 1 << 20:
         raise JoulesmithError(
             f"--workload needs at least 1 token each, as prefill:decode, got "
@@ -104,6 +112,10 @@ def check(s: Settings) -> None:
     for path in (s.calib, s.eval):
         if path is not None and not path.startswith("hf:") and not Path(path).is_file():
             raise JoulesmithError(f"no such text file: {path}")
+
+
+def _plain(keep: float | str) -> str:
+    return keep if isinstance(keep, str) else f"{keep:g}"
 
 
 def _file_identity(path: str | None) -> list[Any] | None:

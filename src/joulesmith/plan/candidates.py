@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from joulesmith.atomic import atomic_path
 from joulesmith.errors import JoulesmithError
-from joulesmith.plan.damage import embedding_damage, linear_damage
+from joulesmith.plan.damage import activation_damage, embedding_damage, linear_damage
 from joulesmith.progress import Tick, silent
 
 if TYPE_CHECKING:
@@ -27,14 +27,21 @@ if TYPE_CHECKING:
 class Candidates:
     """Packed tensors in ``folder``: one file a (tensor, type), one damage file a block.
 
-    damage: tensor -> type -> predicted KL, nats per token.
+    damage: tensor -> type -> predicted KL of the rounded weights, nats per token.
+    activation: the same of the inputs, which the engine rounds for block types.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.damage: dict[str, dict[str, float]] = {}
+        self.activation: dict[str, dict[str, float]] = {}
         for path in sorted(folder.glob("damage-*.json")):
-            self.damage.update(json.loads(path.read_text()))
+            self._learn(json.loads(path.read_text()))
+
+    def _learn(self, found: dict[str, dict[str, list[float]]]) -> None:
+        for tensor, kinds in found.items():
+            self.damage[tensor] = {k: v[0] for k, v in kinds.items()}
+            self.activation[tensor] = {k: v[1] for k, v in kinds.items()}
 
     def path(self, tensor: str, type_name: str) -> Path:
         """Where one packed tensor lies."""
@@ -58,25 +65,39 @@ class Candidates:
         """Offer one more packed tensor, for this run only."""
         if not self.path(tensor, kind).exists() or damage < self.damage[tensor].get(kind, 1.0):
             _save(self.path(tensor, kind), packed)
-        self.damage[tensor] = {**self.damage[tensor], kind: damage}
+        same = [
+            a
+            for k, a in self.activation[tensor].items()
+            if activation_block(k) == activation_block(kind)
+        ]
+        self.damage[tensor][kind] = damage
+        self.activation[tensor][kind] = same[0] if same else 0.0
 
     def keep(self, block: str, rounded: Sequence[Rounded]) -> None:
         """Store a block's tensors, then mark the block as done."""
-        damage: dict[str, dict[str, float]] = {}
+        damage: dict[str, dict[str, list[float]]] = {}
         for r in rounded:
-            total = 0.0
+            weights = inputs = 0.0
             if r.moments is not None:
-                total += linear_damage(r.change, r.moments)
+                weights += linear_damage(r.change, r.moments)
+                inputs = activation_damage(r.weight, r.moments, activation_block(r.type))
             if r.head is not None:
-                total += embedding_damage(r.change, r.head)
-            damage.setdefault(r.ref.name, {})[r.type] = total
+                weights += embedding_damage(r.change, r.head)
+            damage.setdefault(r.ref.name, {})[r.type] = [weights, inputs]
             path = self.path(r.ref.name, r.type)
             _save(path, r.packed)
             if r.moments is not None:
                 _save(self.path(r.ref.name, "importance"), r.moments.squares.numpy())
         with atomic_path(self.folder / f"damage-{block}.json") as temporary:
             temporary.write_text(json.dumps(damage))
-        self.damage.update(damage)
+        self._learn(damage)
+
+
+def activation_block(kind: str) -> int:
+    """How many inputs share a scale when llama.cpp multiplies by this type; 0: floats."""
+    if kind in ("F32", "F16", "BF16"):
+        return 0
+    return 256 if kind.endswith("_K") else 32
 
 
 def _save(path: Path, array: NDArray[Any]) -> None:

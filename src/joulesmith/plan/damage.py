@@ -38,6 +38,10 @@ GROUPS: Mapping[str, str] = {
 """Roles that share a correction. Any other role is a group of its own."""
 
 
+INPUTS = "inputs"
+"""The name under which `Correction` keeps the factor of rounded inputs."""
+
+
 def group(role: str) -> str:
     """The correction group of a tensor's role."""
     return GROUPS.get(role, role)
@@ -51,6 +55,19 @@ def linear_damage(change: torch.Tensor, moments: Moments) -> float:
         quadratic = ((part @ moments.hessian) * part).sum(dim=1)
         total += 0.5 * float((quadratic.clamp_min(0) * moments.fisher[start : start + 8192]).sum())
     return total
+
+
+def activation_damage(weight: torch.Tensor, moments: Moments, block: int) -> float:
+    """Predicted KL in nats per token of rounding the layer's inputs to 8 bits in blocks.
+
+    weight: (rows, columns). Each input is off by an independent e_c, so the outputs move by
+    sum_c W_rc e_c. Zero where the engine multiplies floats (``block`` 0). Where a few inputs
+    are huge, this outweighs the rounding of the weights.
+    """
+    error = moments.rounding.get(block)
+    if error is None:
+        return 0.0
+    return 0.5 * float(moments.fisher @ (weight.square() @ error))
 
 
 def embedding_damage(change: torch.Tensor, moments: HeadMoments) -> float:
@@ -70,19 +87,24 @@ class Correction:
     factors: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def learn(self, group_name: str, type_name: str, predicted: float, measured: float) -> None:
-        """Keep one measurement; noise below zero is held at a tenth of the prediction."""
+        """Keep one measurement; noise below zero is held at a hundredth of the prediction."""
         if predicted <= 0:
             return
-        self.factors[group_name, type_name] = max(measured, 0.1 * predicted) / predicted
+        self.factors[group_name, type_name] = max(measured, 0.01 * predicted) / predicted
 
     def factor(self, group_name: str, type_name: str) -> float:
         """The factor for a group and type."""
         exact = self.factors.get((group_name, type_name))
         if exact is not None:
             return exact
-        same_group = [f for (g, _), f in self.factors.items() if g == group_name]
+        if type_name == INPUTS:
+            same_group = []
+        else:
+            same_group = [
+                f for (g, t), f in self.factors.items() if g == group_name and t != INPUTS
+            ]
         same_type = [f for (_, t), f in self.factors.items() if t == type_name]
-        return _geometric_mean(same_group or same_type or self.factors.values())
+        return _geometric_mean(same_group or same_type)
 
 
 def _geometric_mean(values: Iterable[float]) -> float:

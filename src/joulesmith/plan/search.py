@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from joulesmith.errors import JoulesmithError
-from joulesmith.plan.damage import Correction, group
+from joulesmith.plan.damage import INPUTS, Correction, group
 from joulesmith.plan.solve import Choice, Option, solve
 from joulesmith.progress import Tick, silent
 
@@ -29,13 +29,15 @@ Judge = Callable[[Mapping[str, str]], "Quality"]
 class Space:
     """All that the search may choose from.
 
-    joules/sizes/damage: tensor -> type -> number; damage is the raw prediction.
+    joules/sizes/damage/activation: tensor -> type -> number. damage: of the rounded
+    weights, activation: of the inputs that the engine rounds; both raw predictions.
     roles: tensor -> role.
     """
 
     joules: Mapping[str, Mapping[str, float]]
     sizes: Mapping[str, Mapping[str, int]]
     damage: Mapping[str, Mapping[str, float]]
+    activation: Mapping[str, Mapping[str, float]]
     roles: Mapping[str, str]
 
     def options(self, correction: Correction) -> dict[str, list[Option]]:
@@ -43,12 +45,9 @@ class Space:
         return {
             t: [
                 Option(
-                    k,
-                    self.joules[t][k],
-                    d * correction.factor(group(self.roles[t]), k),
-                    self.sizes[t][k],
+                    k, self.joules[t][k], option_damage(self, correction, t, k), self.sizes[t][k]
                 )
-                for k, d in kinds.items()
+                for k in kinds
             ]
             for t, kinds in self.damage.items()
         }
@@ -66,12 +65,28 @@ class Trial:
 
 def option_damage(space: Space, correction: Correction, tensor: str, kind: str) -> float:
     """Corrected damage of one choice, nats per token."""
-    return space.damage[tensor][kind] * correction.factor(group(space.roles[tensor]), kind)
+    name = group(space.roles[tensor])
+    weights = space.damage[tensor][kind] * correction.factor(name, kind)
+    inputs = space.activation[tensor][kind]
+    return weights + (inputs * correction.factor(name, INPUTS) if inputs else 0.0)
 
 
 def best_types(space: Space) -> dict[str, str]:
     """The type of least predicted damage for each tensor."""
-    return {t: min(kinds, key=lambda k: kinds[k]) for t, kinds in space.damage.items()}
+    return {
+        t: min(kinds, key=lambda k: kinds[k] + space.activation[t][k])
+        for t, kinds in space.damage.items()
+    }
+
+
+def finest_rounding(space: Space) -> str | None:
+    """The type with the least damage to weights among those that round inputs, if any."""
+    total: dict[str, float] = {}
+    everywhere = set.intersection(*(set(k) for k in space.damage.values()))
+    for kind in everywhere:
+        if any(space.activation[t][kind] for t in space.damage):
+            total[kind] = sum(space.damage[t][kind] for t in space.damage)
+    return min(total, key=lambda k: total[k]) if total else None
 
 
 def correct(
@@ -79,17 +94,17 @@ def correct(
 ) -> Correction:
     """Measure each group of tensors at each type of ``worth``, the rest at its best type.
 
-    The base (everything at its best) is measured too and subtracted.
+    The finest type that rounds inputs comes first: what it costs is due to the inputs,
+    and is then taken off what the other types cost.
     """
     correction = Correction()
     base = best_types(space)
     base_kl = judge(base).kl
-    predicted = sum(space.damage[t][k] for t, k in base.items())
-    for name in {group(r) for r in space.roles.values()}:
-        for kind in {base[t] for t in base if group(space.roles[t]) == name}:
-            correction.learn(name, kind, predicted, base_kl)
     groups = sorted({group(space.roles[t]) for t in space.damage})
-    todo = [(g, k) for k in worth for g in groups]
+    fine = finest_rounding(space)
+    kinds = [fine] if fine else []
+    kinds += [k for k in worth if k != fine]
+    todo = [(g, k) for k in kinds for g in groups]
     for i, (g, k) in enumerate(todo):
         members = [
             t
@@ -97,10 +112,15 @@ def correct(
             if group(space.roles[t]) == g and k in space.damage[t] and base[t] != k
         ]
         if members:
-            types = base | dict.fromkeys(members, k)
-            added = sum(space.damage[t][k] for t in members)
-            removed = sum(space.damage[t][base[t]] for t in members) / max(predicted, 1e-30)
-            correction.learn(g, k, added, judge(types).kl - base_kl * (1 - removed))
+            measured = judge(base | dict.fromkeys(members, k)).kl - base_kl
+            weights = sum(space.damage[t][k] for t in members)
+            inputs = sum(space.activation[t][k] for t in members)
+            if k == fine:
+                correction.learn(g, INPUTS, inputs, measured - weights)
+                correction.learn(g, k, weights, weights)
+            else:
+                rest = inputs * correction.factor(g, INPUTS) if inputs else 0.0
+                correction.learn(g, k, weights, measured - rest)
         progress((i + 1) / len(todo))
     return correction
 

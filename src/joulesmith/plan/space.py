@@ -6,6 +6,8 @@ numbers; no files and no engine.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
@@ -48,6 +50,7 @@ def workload_joules(decode: float, prefill: float, workload: tuple[int, int]) ->
 def make_space(
     matrices: Sequence[TensorRef],
     damage: Mapping[str, Mapping[str, float]],
+    activation: Mapping[str, Mapping[str, float]],
     price: Price,
     workload: tuple[int, int],
     float_type: str,
@@ -65,7 +68,8 @@ def make_space(
             for k in kinds
         }
         sizes[ref.name] = {k: type_bytes(k, ref.shape) for k in kinds}
-    return Space(joules, sizes, predicted, {m.name: m.role for m in matrices})
+    inputs = {m.name: {**activation[m.name], float_type: 0.0} for m in matrices}
+    return Space(joules, sizes, predicted, inputs, {m.name: m.role for m in matrices})
 
 
 def worthwhile(
@@ -73,7 +77,7 @@ def worthwhile(
     shapes: Iterable[tuple[int, int]],
     cost: Callable[[int, int, str], float | None],
     coarseness: Mapping[str, float],
-    slack: float = 0.03,
+    slack: float = 0.05,
 ) -> list[str]:
     """Types that some finer type does not beat in joules at every shape they fit.
 
@@ -96,13 +100,15 @@ def worthwhile(
     return kept
 
 
-def fast_types(space: Space) -> list[str]:
-    """Types that are the cheapest or nearly so (within 5 %) for some tensor."""
-    found: set[str] = set()
-    for kinds in space.joules.values():
+def fast_types(space: Space, most: int = 2) -> list[str]:
+    """The types that are cheapest, or within 5 % of it, for the most bytes of tensors."""
+    found: Counter[str] = Counter()
+    for tensor, kinds in space.joules.items():
         least = min(kinds.values())
-        found |= {k for k, j in kinds.items() if j <= 1.05 * least}
-    return sorted(found)
+        for kind, joules in kinds.items():
+            if joules <= 1.05 * least:
+                found[kind] += max(space.sizes[tensor].values())
+    return [kind for kind, _ in found.most_common(most)]
 
 
 def price_rest(
@@ -148,3 +154,9 @@ def totals(
         "prefill": prefill,
         "workload": workload_joules(decode, prefill, workload),
     }
+
+
+def stream_weights(parameters: int) -> int:
+    """Weights that pass between two uses of one matrix: the model's, to a power of two, so
+    that models of like size share a table."""
+    return 1 << min(28, max(20, round(math.log2(parameters))))

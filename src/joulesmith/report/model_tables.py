@@ -61,13 +61,14 @@ def render_inspection(found: Inspection, console: Console, *, every_tensor: bool
     def known(value: object) -> str:
         return "unknown" if value is None else str(value)
 
+    head = "tied to the embedding" if found.tied_head else "separate"
     lines = [
         f"{found.path}",
         f"{found.name or 'unnamed'}: {found.architecture}, {found.parameters / 1e6:.1f} M weights, "
         f"{found.bits_per_weight:.2f} bits per weight, {size(found.file_bytes)}",
         f"{known(found.layers)} layers, hidden {known(found.hidden)}, {known(found.heads)} heads "
         f"({known(found.kv_heads)} key/value), vocabulary {known(found.vocabulary)}, context "
-        f"{known(found.context)}, head {'tied to the embedding' if found.tied_head else 'separate'}",
+        f"{known(found.context)}, head {head}",
     ]
     if found.made_by:
         lines.append(f"written by {found.made_by}")
