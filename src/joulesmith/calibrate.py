@@ -182,14 +182,16 @@ def _calibrate(
     starts = list(range(0, len(tokens), batch))
     generator = torch.Generator().manual_seed(seed)
     depth = len(layers)
-    steps = len(starts) * (3 * depth + 3)
+    # One block of one batch forward is the unit; backward with its moments, and the
+    # visitor's work shared out over the batches, is about ten.
+    steps = len(starts) * (11 * depth + 12)
     with tempfile.TemporaryDirectory(prefix="calibrate-", dir=scratch) as folder:
         store = _BlockInputs(Path(folder))
         taken = 0
 
-        def tick() -> None:
+        def tick(units: int = 1) -> None:
             nonlocal taken
-            taken += 1
+            taken += units
             progress(taken / steps)
 
         # Forward: each block's inputs to disk. The keyword arguments of a block
@@ -220,7 +222,7 @@ def _calibrate(
             torch.autograd.backward(normed, gx.reshape(normed.shape))
             assert hidden.grad is not None
             store.put(depth, b, hidden.grad)
-            tick()
+            tick(11)
 
         # Backward: last block first; its gradient at the input replaces its input.
         for i in reversed(range(depth)):
@@ -244,8 +246,7 @@ def _calibrate(
                         sums[name].add(tap.x.flatten(0, -2), tap.g.flatten(0, -2))
                 assert hidden.grad is not None
                 store.put(i, b, hidden.grad)
-                tick()
-                tick()
+                tick(10)
             store.drop(i + 1)
             visit(i, {name: s.done() for name, s in sums.items()})
             del sums

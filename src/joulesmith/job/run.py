@@ -28,7 +28,14 @@ from joulesmith.job.machine import PeakMemory
 from joulesmith.job.settings import Settings, check
 from joulesmith.plan import candidates as candidate_store
 from joulesmith.plan.search import Space, Trial, correct, safer, search
-from joulesmith.plan.space import fast_types, make_space, price_rest, stream_weights, worthwhile
+from joulesmith.plan.space import (
+    fast_types,
+    make_space,
+    price_rest,
+    stream_weights,
+    totals,
+    worthwhile,
+)
 from joulesmith.progress import Progress, Tick
 from joulesmith.quality import Quality, Reference, write_reference
 from joulesmith.report.files import PAGE_NAME, RESULT_NAME, load_result, write_json
@@ -194,7 +201,7 @@ class _Job:
             trial, quality, path = self._judge(
                 model, store, space, correction, trials, final, lambda x: tick(x * 0.5)
             )
-            shown = [m for m in found_marks if m.name == "Q4_K_M" or self._near_floor(m)]
+            shown = self._shown(model, table, rest, found_marks)
             rivals = marks.write_rivals(
                 peer,
                 shown,
@@ -241,9 +248,25 @@ class _Job:
             self.keep = min(1.0, mark.quality.kept)
         return self.keep
 
-    def _near_floor(self, mark: marks.Mark) -> bool:
-        """Whether a mixture may clear the floor on the final windows: then it is a rival."""
-        return -math.log(mark.quality.kept) <= 1.3 * -math.log(self.keep) + 0.002
+    def _shown(
+        self,
+        model: Model,
+        table: JouleTable,
+        rest: Mapping[str, float],
+        found: list[marks.Mark],
+    ) -> list[marks.Mark]:
+        """The mixtures to measure: the one that everybody downloads, the one that names the
+        floor, and the cheapest two that may clear it on the final windows."""
+        loss = -math.log(self.keep)
+        near = [m for m in found if -math.log(m.quality.kept) <= 1.3 * loss + 0.002]
+
+        def joules(mark: marks.Mark) -> float:
+            return totals(model.matrices(), mark.types, FLOAT, table.price, rest, self.s.workload)[
+                "workload"
+            ]
+
+        chosen = {m.name for m in sorted(near, key=joules)[:2]} | {"Q4_K_M", "Q8_0", self.s.keep}
+        return [m for m in found if m.name in chosen]
 
     def _final_kept(self, peer: marks.Peer, found: list[marks.Mark], final: Reference) -> float:
         """What the mixture that names the floor keeps on the final windows."""

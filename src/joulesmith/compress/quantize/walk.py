@@ -6,6 +6,7 @@ Knows models and rounding; not what is done with the packed tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from joulesmith.calibrate import HeadMoments, Moments, calibrate
-from joulesmith.compress.quantize.grids import grid
+from joulesmith.compress.quantize.grids import Format, grid
 from joulesmith.compress.quantize.rounding import round_weight, shared_curvature
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Tick, silent
@@ -74,22 +75,22 @@ def walk(
         refs = layers.get(index, {})
         if not refs or skip([r.name for r in refs.values()]):
             return
-        found: list[Rounded] = []
+        tasks = []
         for parameter, ref in refs.items():
             module_name = parameter.split(f".{index}.", 1)[-1].removesuffix(".weight")
-            found += _round(model, ref, types(ref), moments.get(module_name), None, effort)
-        emit(str(index), found)
+            tasks.append((ref, moments.get(module_name), None))
+        emit(str(index), _round_all(model, types, tasks, effort))
 
     head = calibrate(model.module, windows, visit, seed=seed, scratch=scratch, progress=progress)
     if skip([r.name for r in ends]):
         return
     tied = not any(r.role == "output" for r in ends)
-    found = []
+    tasks = []
     for ref in ends:
         is_head = ref.role == "output" or (tied and ref.role == "token_embd")
         embedding = head if ref.role == "token_embd" else None
-        found += _round(model, ref, types(ref), head.head if is_head else None, embedding, effort)
-    emit("ends", found)
+        tasks.append((ref, head.head if is_head else None, embedding))
+    emit("ends", _round_all(model, types, tasks, effort))
 
 
 EMBEDDING_SHARE = 0.3
@@ -108,14 +109,52 @@ def _both_ends(moments: Moments, head: HeadMoments) -> torch.Tensor:
     return as_head + EMBEDDING_SHARE * torch.diag(as_embedding)
 
 
-def _round(
+ROWS = 4096
+"""Rows of one piece of work; rows are rounded independently of each other."""
+
+
+def _round_all(
+    model: Model,
+    types: Callable[[TensorRef], Sequence[str]],
+    tasks: Sequence[tuple[TensorRef, Moments | None, HeadMoments | None]],
+    effort: str,
+) -> list[Rounded]:
+    """Round several matrices side by side: many small operations, one thread a matrix."""
+    import torch
+
+    threads = torch.get_num_threads()
+    found = []
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        begun = [
+            _begin(model, ref, types(ref), moments, head, effort, pool)
+            for ref, moments, head in tasks
+        ]
+        for ref, moments, head, weight, parts in begun:
+            for g, pieces in parts:
+                packed = np.concatenate([p.result() for p in pieces])
+                restored = torch.as_tensor(np.asarray(g.unpack(packed, weight.shape[1])))
+                found.append(Rounded(ref, g.name, packed, weight, restored - weight, moments, head))
+    # A thread that sets its number of threads sets that of the maths library for all.
+    torch.set_num_threads(threads)
+    return found
+
+
+def _begin(
     model: Model,
     ref: TensorRef,
     types: Sequence[str],
     moments: Moments | None,
     head: HeadMoments | None,
     effort: str,
-) -> list[Rounded]:
+    pool: ThreadPoolExecutor,
+) -> tuple[
+    TensorRef,
+    Moments | None,
+    HeadMoments | None,
+    torch.Tensor,
+    list[tuple[Format, list[Future[NDArray[np.uint8]]]]],
+]:
+    """Hand one matrix to the pool, on each of its types and in pieces of `ROWS` rows."""
     import torch
 
     from joulesmith.models import gguf_weight
@@ -133,10 +172,13 @@ def _round(
     fitted = moments
     if moments is not None and head is not None:
         fitted = replace(moments, hessian=_both_ends(moments, head))
-    curve = shared_curvature(fitted, effort)
-    found = []
-    for g in fitting:
-        packed = round_weight(weight, curve, g, effort=effort)
-        restored = torch.as_tensor(np.asarray(g.unpack(packed, weight.shape[1])))
-        found.append(Rounded(ref, g.name, packed, weight, restored - weight, moments, head))
-    return found
+    curve = pool.submit(shared_curvature, fitted, effort)
+
+    def piece(g: Format, start: int) -> NDArray[np.uint8]:
+        return round_weight(weight[start : start + ROWS], curve.result(), g, effort=effort)
+
+    parts = [
+        (g, [pool.submit(piece, g, start) for start in range(0, len(weight), ROWS)])
+        for g in fitting
+    ]
+    return ref, moments, head, weight, parts
