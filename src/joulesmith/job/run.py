@@ -55,16 +55,16 @@ ATTEMPTS = 4
 # Seconds each stage takes for the default model on two cores: only the proportions
 # count, for the time left.
 EXPECTED = {
-    "load": 8,
-    "text": 50,
-    "reference": 30,
-    "joule table": 30,
-    "round": 120,
-    "measure damage": 90,
-    "search": 50,
-    "judge": 90,
+    "load": 6,
+    "text": 45,
+    "reference": 60,
+    "joule table": 16,
+    "round": 150,
+    "measure damage": 150,
+    "search": 65,
+    "judge": 120,
     "measure joules": 110,
-    "measure torch": 30,
+    "measure torch": 40,
     "report": 5,
 }
 

@@ -166,16 +166,33 @@ def search(
                 break
         if failing < passing * 1.01:
             break
-        # The loss grows about in proportion to the damage: aim there, then halve.
-        guess = choice.damage * target / loss if loss > 0 else 2 * choice.damage
-        inside = passing < guess < failing
-        if not inside or i >= 4:
-            guess = math.sqrt(max(passing, 1e-9) * failing) if failing < math.inf else 2 * passing
+        guess = _aim(choice.damage, trials[key].quality, final_tokens, 0.97 * target)
+        if not passing < guess < failing:
+            # Outside of what is known to bracket the answer: halve the bracket instead.
+            low = max(passing, 1e-9, failing / 16 if failing < math.inf else 0.0)
+            guess = math.sqrt(low * failing) if failing < math.inf else 2 * passing
         budget = min(max(guess, 1.02 * least), 1.02 * cheapest)
     found = list(trials.values())
     good = [t for t in found if loss_bound(t.quality, final_tokens) <= target]
     bad = [t for t in found if t not in good]
     return sorted(good, key=lambda t: t.joules) + sorted(bad, key=lambda t: -t.quality.kept_low)
+
+
+def _aim(damage: float, quality: Quality, tokens: int, target: float) -> float:
+    """The damage at which the loss bound would be ``target``, going by one trial.
+
+    The mean loss grows in proportion to the damage, its noise with the square root (the
+    variance of a token's NLL change is about twice its KL): a d + b sqrt(d) = target.
+    """
+    mean = -math.log(quality.kept)
+    a = max(mean, 0.0) / damage
+    b = (loss_bound(quality, tokens) - mean) / math.sqrt(damage)
+    if not math.isfinite(b):
+        return 0.5 * damage
+    if a <= 0:
+        return min(4 * damage, (target / b) ** 2) if b > 0 else 4 * damage
+    root = (-b + math.sqrt(b * b + 4 * a * target)) / (2 * a)
+    return min(4 * damage, root * root)
 
 
 def safer(space: Space, correction: Correction, trial: Trial, share: float = 0.75) -> Choice | None:
