@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -124,7 +126,8 @@ def optimize(
     folder = settings.folder()
     done = (folder / RESULT_NAME).exists()
     try:
-        run(settings, Progress({}))
+        with _interruptible("the same command goes on where it stopped"):
+            run(settings, Progress({}))
     finally:
         if (folder / RESULT_NAME).exists():
             _show(load_result(folder))
@@ -147,7 +150,7 @@ def measure_model(
     from joulesmith.progress import Progress
 
     progress = Progress({"measure": 1})
-    with progress.stage("measure") as tick:
+    with _interruptible("nothing was written"), progress.stage("measure") as tick:
         found = measure(
             model,
             workload=parse_workload(workload),
@@ -227,6 +230,16 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600, None: 1}[match[2]]
 
 
+@contextmanager
+def _interruptible(advice: str) -> Iterator[None]:
+    """Ctrl-C is a decision, not an accident: one line and the usual exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\njoulesmith: interrupted; {advice}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
 def _console() -> Any:
     from rich.console import Console
 
@@ -254,9 +267,6 @@ def main() -> None:
         message = " ".join(str(e).split())
         print(f"joulesmith: {message}", file=sys.stderr)
         sys.exit(e.exit_code)
-    except KeyboardInterrupt:
-        print("joulesmith: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         # The reader went away: nothing more to say, and nothing to flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,13 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from runner import Run
 from tiny import write_tiny
-
-FAST = ["--workload", "8:8", "--time-budget", "60s", "--pairs", "3"]
 
 
 @pytest.fixture(scope="session")
@@ -26,9 +24,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache for all runs, so that the joule table is measured once."""
     return tmp_path_factory.mktemp("cache")
-
-
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def space(seed: int = 0, rounding: float = 0.0) -> Space:
         joules={n: {t: j for t, (j, _, _) in TYPES.items()} for n in names},
         sizes={n: {t: s for t, (_, _, s) in TYPES.items()} for n in names},
         damage={n: {t: d * weight[n] for t, (_, d, _) in TYPES.items()} for n in names},
-        activation={n: {t: 2e-3 * inputs[n] for t in TYPES} for n in names},
+        activation={n: dict.fromkeys(TYPES, 0.002 * inputs[n]) for n in names},
         roles={n: n.split(".")[2] for n in names},
     )
 

@@ -33,7 +33,7 @@ def test_equals_brute_force(tensors: list[list[Option]], share: float) -> None:
 
 
 def test_impossible_budget_says_the_least() -> None:
-    with pytest.raises(JoulesmithError, match="the least is 0.5"):
+    with pytest.raises(JoulesmithError, match=r"the least is 0\.5"):
         solve({"a": [Option("X", 1, 0.5, 1)]}, 0.1)
 
 
