@@ -26,6 +26,7 @@ from joulesmith.job.inputs import Inputs, gather
 from joulesmith.job.judge import FLOAT, Judge, score_file, write_choice
 from joulesmith.job.machine import PeakMemory
 from joulesmith.job.settings import Settings, check
+from joulesmith.memory import release_memory
 from joulesmith.plan import candidates as candidate_store
 from joulesmith.plan.search import Space, Trial, correct, safer, search
 from joulesmith.plan.space import (
@@ -159,6 +160,7 @@ class _Job:
             inputs = gather(
                 model, self.s.calib, self.s.eval, self.ws.work, self.s.seed, self.share, tick
             )
+        release_memory()
         with stage("reference") as tick:
             seen, final = self._references(model, inputs, tick)
         with stage("joule table") as tick:
@@ -174,6 +176,7 @@ class _Job:
             )
             if given and not accident:
                 marks.keep_given(model, store)
+        release_memory()
         space = make_space(
             model.matrices(), store.damage, store.activation, table.price, self.s.workload, FLOAT
         )
@@ -216,6 +219,7 @@ class _Job:
             import torch
 
             model.module.to(torch.bfloat16)  # float32 is not needed any more
+            release_memory()
             paths = {PLAN: path, **{r.name: r.path for r in rivals}}
             found = self._measure(paths, tick)
         with stage("measure torch") as tick:

@@ -78,11 +78,14 @@ class Candidates:
         damage: dict[str, dict[str, list[float]]] = {}
         for r in rounded:
             weights = inputs = 0.0
+            for start in range(0, len(r.weight), ROWS):
+                change = r.change(start, start + ROWS)
+                if r.moments is not None:
+                    weights += linear_damage(change, r.moments, start)
+                if r.head is not None:
+                    weights += embedding_damage(change, r.head, start)
             if r.moments is not None:
-                weights += linear_damage(r.change, r.moments)
                 inputs = activation_damage(r.weight, r.moments, activation_block(r.type))
-            if r.head is not None:
-                weights += embedding_damage(r.change, r.head)
             damage.setdefault(r.ref.name, {})[r.type] = [weights, inputs]
             path = self.path(r.ref.name, r.type)
             _save(path, r.packed)
@@ -91,6 +94,10 @@ class Candidates:
         with atomic_path(self.folder / f"damage-{block}.json") as temporary:
             temporary.write_text(json.dumps(damage))
         self._learn(damage)
+
+
+ROWS = 4096
+"""Rows judged at a time."""
 
 
 def activation_block(kind: str) -> int:

@@ -47,14 +47,13 @@ def group(role: str) -> str:
     return GROUPS.get(role, role)
 
 
-def linear_damage(change: torch.Tensor, moments: Moments) -> float:
-    """Predicted KL in nats per token of adding ``change`` (rows, columns) to a linear layer."""
-    total = 0.0
-    for start in range(0, change.shape[0], 8192):
-        part = change[start : start + 8192]
-        quadratic = ((part @ moments.hessian) * part).sum(dim=1)
-        total += 0.5 * float((quadratic.clamp_min(0) * moments.fisher[start : start + 8192]).sum())
-    return total
+def linear_damage(change: torch.Tensor, moments: Moments, start: int = 0) -> float:
+    """Predicted KL in nats per token of adding ``change`` to a linear layer.
+
+    change: (some rows, columns), the layer's rows from ``start`` on.
+    """
+    quadratic = ((change @ moments.hessian) * change).sum(dim=1).clamp_min(0)
+    return 0.5 * float((quadratic * moments.fisher[start : start + len(change)]).sum())
 
 
 def activation_damage(weight: torch.Tensor, moments: Moments, block: int) -> float:
@@ -70,10 +69,10 @@ def activation_damage(weight: torch.Tensor, moments: Moments, block: int) -> flo
     return 0.5 * float(moments.fisher @ (weight.square() @ error))
 
 
-def embedding_damage(change: torch.Tensor, moments: HeadMoments) -> float:
-    """The same for the embedding's rows (vocab, hidden), weighted by how often each is read."""
+def embedding_damage(change: torch.Tensor, moments: HeadMoments, start: int = 0) -> float:
+    """The same for the embedding's rows, weighted by how often each token is read."""
     per_row = change.square() @ moments.input_fisher
-    return 0.5 * float((per_row * moments.token_share).sum())
+    return 0.5 * float((per_row * moments.token_share[start : start + len(change)]).sum())
 
 
 @dataclass

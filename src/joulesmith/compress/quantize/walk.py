@@ -30,19 +30,29 @@ if TYPE_CHECKING:
 class Rounded:
     """One matrix on one grid.
 
-    packed: uint8 (rows, bytes a row). weight, change: float32 (rows, columns), the original
-    and rounded - original.
+    packed: uint8 (rows, bytes a row). weight: float32 (rows, columns), the original.
     moments: of the linear layer (None for an embedding that is not the head).
     head: of the embedding, for token_embd only.
     """
 
     ref: TensorRef
-    type: str
+    grid: Format
     packed: NDArray[np.uint8]
     weight: torch.Tensor
-    change: torch.Tensor
     moments: Moments | None
     head: HeadMoments | None
+
+    @property
+    def type(self) -> str:
+        """The type's name."""
+        return self.grid.name
+
+    def change(self, start: int, stop: int) -> torch.Tensor:
+        """Rounded - original of some rows, float32; made anew at each call to save memory."""
+        import torch
+
+        restored = self.grid.unpack(self.packed[start:stop], self.weight.shape[1])
+        return torch.as_tensor(np.asarray(restored)) - self.weight[start:stop]
 
 
 def walk(
@@ -132,8 +142,7 @@ def _round_all(
         for ref, moments, head, weight, parts in begun:
             for g, pieces in parts:
                 packed = np.concatenate([p.result() for p in pieces])
-                restored = torch.as_tensor(np.asarray(g.unpack(packed, weight.shape[1])))
-                found.append(Rounded(ref, g.name, packed, weight, restored - weight, moments, head))
+                found.append(Rounded(ref, g, packed, weight, moments, head))
     # A thread that sets its number of threads sets that of the maths library for all.
     torch.set_num_threads(threads)
     return found
