@@ -182,6 +182,29 @@ def write_reference(
     return Reference(windows, nll, path, text)
 
 
+def first_windows(reference: Reference, n: int) -> Reference:
+    """The first ``n`` windows of a reference, as a file beside it, for rougher judgements."""
+    path = reference.path.with_name(f"{reference.path.stem}-{n}.npy")
+    nll = reference.nll[:n]
+    if not path.exists():
+        whole = np.load(reference.path, mmap_mode="r", allow_pickle=False)
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            _check_space(path, whole[:n].nbytes)
+            with open(temporary, "wb") as out:
+                np.lib.format.write_array_header_1_0(
+                    out, {"descr": "<f2", "fortran_order": False, "shape": whole[:n].shape}
+                )
+                for window in whole[:n]:
+                    out.write(window.tobytes())
+            temporary.replace(path)
+        except OSError as e:
+            raise JoulesmithError(f"cannot write {path}: {e.strerror or e}") from e
+        finally:
+            temporary.unlink(missing_ok=True)
+    return Reference(reference.windows[:n], nll, path, reference.text)
+
+
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Log-probabilities over the last axis, float32, shifted for range."""
     shifted: NDArray[np.float32] = logits - logits.max(axis=-1, keepdims=True)

@@ -120,8 +120,9 @@ def test_front_is_monotone_and_safer_is_safer() -> None:
     joules = [p.joules for p in points]
     assert joules == sorted(joules, reverse=True)
     trial = search(s, c, judge_of(s), 0.99, final_tokens=4000)[0]
-    next_plan = safer(s, c, trial)
-    assert next_plan is not None and next_plan.damage <= 0.75 * trial.damage
+    next_plan = safer(s, c, trial, quality(0.015), 0.99)
+    assert next_plan is not None and 0.4 * trial.damage < next_plan.damage <= 0.7 * trial.damage
+    assert safer(s, c, trial, quality(1.0), 0.999999) is None
     assert best_types(s) == dict.fromkeys(s.damage, "Q8_0")
 
 

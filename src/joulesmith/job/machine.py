@@ -6,8 +6,12 @@ import os
 import platform
 import threading
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from joulesmith.report.result import Machine
+
+if TYPE_CHECKING:
+    import psutil
 
 
 def machine(threads: int) -> Machine:
@@ -48,11 +52,11 @@ def _gpus() -> tuple[str, ...]:
 class PeakMemory:
     """Peak resident bytes of this process and its children, sampled in a thread.
 
-    Pages that several processes share are counted once a process, so the figure is an
-    upper bound. ``peak`` is None where the platform does not tell.
+    Pages that several processes share are counted once where the platform tells
+    (proportional set size), else once a process. ``peak`` is None where it tells nothing.
     """
 
-    def __init__(self, interval: float = 0.25) -> None:
+    def __init__(self, interval: float = 0.5) -> None:
         self.interval = interval
         self.peak: int | None = None
         self._stop = threading.Event()
@@ -82,7 +86,7 @@ class PeakMemory:
             try:
                 for process in [me, *me.children(recursive=True)]:
                     try:
-                        total += process.memory_info().rss
+                        total += _resident(process)
                     except psutil.Error:
                         continue
             except psutil.Error:
@@ -90,3 +94,8 @@ class PeakMemory:
             self.peak = max(self.peak or 0, total)
             if self._stop.wait(self.interval):
                 return
+
+
+def _resident(process: psutil.Process) -> int:
+    full = process.memory_full_info()
+    return int(getattr(full, "pss", 0) or full.rss)

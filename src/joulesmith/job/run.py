@@ -38,7 +38,7 @@ from joulesmith.plan.space import (
     worthwhile,
 )
 from joulesmith.progress import Progress, Tick
-from joulesmith.quality import Quality, Reference, write_reference
+from joulesmith.quality import Quality, Reference, first_windows, write_reference
 from joulesmith.report.files import PAGE_NAME, RESULT_NAME, load_result, write_json
 from joulesmith.report.result import Result
 from joulesmith.workspace import Workspace, fingerprint
@@ -57,15 +57,15 @@ ATTEMPTS = 4
 # count, for the time left.
 EXPECTED = {
     "load": 6,
-    "text": 45,
-    "reference": 60,
+    "text": 40,
+    "reference": 42,
     "joule table": 16,
-    "round": 150,
-    "measure damage": 150,
-    "search": 65,
+    "round": 140,
+    "measure damage": 125,
+    "search": 60,
     "judge": 120,
-    "measure joules": 110,
-    "measure torch": 40,
+    "measure torch": 10,
+    "measure joules": 120,
     "report": 5,
 }
 
@@ -187,7 +187,9 @@ class _Job:
                 peer, MARKS, self.engine, seen, self.ws, lambda x: tick(x * 0.4)
             )
             fast = fast_types(space)
-            correction = correct(space, judge, fast, lambda x: tick(0.4 + 0.6 * x))
+            part = first_windows(seen, max(4, len(inputs.search) // 2))
+            rough = Judge(model, self.engine, store, part, self.ws, "correct")
+            correction = correct(space, rough, fast, lambda x: tick(0.4 + 0.6 * x))
         with stage("search") as tick:
             trials = search(
                 space,
@@ -195,7 +197,7 @@ class _Job:
                 judge,
                 self._floor(found_marks),
                 final_tokens=final.nll.size,
-                rounds=max(3, round(7 * self.share)),
+                rounds=max(3, round(6 * self.share)),
                 progress=tick,
             )
         with stage("judge") as tick:
@@ -215,15 +217,17 @@ class _Job:
                 given_is_baseline=bool(given) and not accident,
                 progress=lambda x: tick(0.5 + 0.5 * x),
             )
-        with stage("measure joules") as tick:
+        with stage("measure torch") as tick:
             import torch
 
             model.module.to(torch.bfloat16)  # float32 is not needed any more
             release_memory()
+            found_torch = self._measure_torch(model, path, tick)
+        model.module = None  # neither are the weights: what follows runs the files
+        release_memory()
+        with stage("measure joules") as tick:
             paths = {PLAN: path, **{r.name: r.path for r in rivals}}
             found = self._measure(paths, tick)
-        with stage("measure torch") as tick:
-            found_torch = self._measure_torch(model, path, tick)
         self.done = Found(
             self.s,
             self.keep,
@@ -376,7 +380,7 @@ class _Job:
             if quality.passes(self.keep):
                 return trial, quality, path
             misses.append((trial, quality))
-            choice = safer(space, correction, trial)
+            choice = safer(space, correction, trial, quality, self.keep)
             if choice is None:
                 break
             trial = Trial(choice.types, choice.joules, choice.damage, quality)

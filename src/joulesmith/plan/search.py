@@ -195,10 +195,14 @@ def _aim(damage: float, quality: Quality, tokens: int, target: float) -> float:
     return min(4 * damage, root * root)
 
 
-def safer(space: Space, correction: Correction, trial: Trial, share: float = 0.75) -> Choice | None:
-    """The cheapest plan with at most ``share`` of a trial's damage; None when there is none."""
+def safer(
+    space: Space, correction: Correction, trial: Trial, judged: Quality, keep: float
+) -> Choice | None:
+    """The plan after one that was judged and failed: with the damage that its loss suggests,
+    at most 0.9 of the failed one's. None when there is none."""
+    damage = _aim(trial.damage, judged, judged.tokens, -0.97 * math.log(keep))
     try:
-        return solve(space.options(correction), trial.damage * share)
+        return solve(space.options(correction), min(damage, 0.9 * trial.damage))
     except JoulesmithError:
         return None
 

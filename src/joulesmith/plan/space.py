@@ -77,7 +77,7 @@ def worthwhile(
     shapes: Iterable[tuple[int, int]],
     cost: Callable[[int, int, str], float | None],
     coarseness: Mapping[str, float],
-    slack: float = 0.05,
+    slack: float = 0.08,
 ) -> list[str]:
     """Types that some finer type does not beat in joules at every shape they fit.
 
@@ -100,7 +100,7 @@ def worthwhile(
     return kept
 
 
-def fast_types(space: Space, most: int = 2) -> list[str]:
+def fast_types(space: Space, most: int = 1) -> list[str]:
     """The types that are cheapest, or within 5 % of it, for the most bytes of tensors."""
     found: Counter[str] = Counter()
     for tensor, kinds in space.joules.items():
