@@ -161,17 +161,37 @@ def test_an_interrupted_run_says_how_to_go_on(tiny: Path, tmp_path: Path, joules
     assert "goes on where it stopped" in stopped.stderr.splitlines()[-1]
 
 
-def test_an_impossible_floor_is_answered_with_none(
-    tiny: Path, tmp_path: Path, joulesmith: Run
+def test_a_floor_that_nothing_clears_is_answered_with_none(
+    tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Types that all lose something cannot keep more than everything."""
+    """Final judgements that all fail: exit code 3, the nearest miss told, nothing exported."""
+    import dataclasses
+
+    from joulesmith import FloorNotMetError, optimize
+    from joulesmith.job import run
+
+    real, judged = run.score_file, []
+
+    def worse(*given: object) -> object:
+        judged.append(given)
+        quality = real(*given)  # type: ignore[arg-type]
+        return dataclasses.replace(quality, kept=0.6, kept_low=0.5 + 0.01 * len(judged))
+
+    monkeypatch.setattr(run, "score_file", worse)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     out = tmp_path / "run"
-    done = joulesmith("optimize", tiny, "--keep", "1.0", "--out", out, *FAST)
-    assert done.returncode == 3, done.stderr
+    with pytest.raises(FloorNotMetError, match="No plan keeps") as error:
+        optimize(
+            str(tiny), keep=0.9, out=out, workload=(8, 8), time_budget=60.0, pairs=3, torch_pairs=0
+        )
+    assert error.value.exit_code == 3
+    assert 1 <= len(judged) <= 4
     result = load_result(out)
-    assert result.status == "none" and "No plan keeps" in result.verdict
+    plan = result.run("plan")
+    assert result.status == "none" and plan is not None and plan.quality is not None
+    assert plan.quality.kept_low == pytest.approx(0.5 + 0.01 * len(judged)), "not the nearest"
+    assert plan.passes is False and plan.file is None
     assert not list(out.glob("*.gguf"))
-    assert done.stderr.splitlines()[-1].startswith("joulesmith: No plan keeps")
 
 
 def test_a_given_gguf_is_its_own_baseline(

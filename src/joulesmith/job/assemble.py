@@ -78,6 +78,10 @@ def assemble(f: Found, timings: Mapping[str, float], peak: int | None) -> Result
     headline = next((r for r in ratios if r.baseline == best.name and r.phase == "workload"), None)
     status = "passed" if f.passed else "none"
     guess = _predict(f, f.trial.types)
+    # What the machine's speed did between the table and the rounds, told by the float file.
+    before = _predict(f, {})
+    untouched = next((r for r in runs if r.name == f"{FLOAT} GGUF"), None)
+    drift = {} if untouched is None else summary.drift(before, untouched)
     chosen = sum(f.space.joules[t][k] for t, k in f.trial.types.items())
     slope = summary.loss_per_damage([(t.damage, t.quality) for t in f.trials])
     curve = [
@@ -109,7 +113,7 @@ def assemble(f: Found, timings: Mapping[str, float], peak: int | None) -> Result
         front=tuple(summary.front_points(curve, references, runs)),
         tensors=tuple(_tensors(f)),
         table=tuple(TableCell(**c) for c in f.table.cells()),
-        predictions=tuple(summary.predictions(guess, runs[0])),
+        predictions=tuple(summary.predictions(guess, runs[0], drift)),
         emissions=tuple(summary.emissions(runs, find_grid(s.grid), find_price(s.grid))),
         caveats=_caveats(f),
         timings=dict(timings),

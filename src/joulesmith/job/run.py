@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -391,18 +390,22 @@ class _Job:
     def _measure(self, paths: Mapping[str, Path], tick: Tick) -> list[dict[str, Any]]:
         """Interleaved rounds of the workload over all files."""
         prefill, decode = self.s.workload
-        with ExitStack() as stack:
-            sessions = {
-                name: stack.enter_context(self.engine.load(path, context=prefill + decode))
-                for name, path in paths.items()
-            }
-            return rounds(
-                {n: _bench(s, prefill, decode) for n, s in sessions.items()},
-                self.pairs,
-                self.ws.get("rounds") or (),
-                lambda found: self.ws.put("rounds", found),
-                tick,
-            )
+
+        def runner(path: Path) -> Callable[[int], Bench]:
+            # Loaded anew each time: one model is in memory, however many are compared.
+            def run(i: int) -> Bench:
+                with self.engine.load(path, context=prefill + decode) as session:
+                    return session.bench(prefill, decode, seed=i)
+
+            return run
+
+        return rounds(
+            {name: runner(path) for name, path in paths.items()},
+            self.pairs,
+            self.ws.get("rounds") or (),
+            lambda found: self.ws.put("rounds", found),
+            tick,
+        )
 
     def _measure_torch(self, model: Model, path: Path, tick: Tick) -> list[dict[str, Any]]:
         """The plan against the same model in torch (bfloat16, eager), with a short answer."""

@@ -102,13 +102,28 @@ def make_ratios(found: Rounds, ours: str, others: Sequence[str], seed: int) -> l
     return out
 
 
-def predictions(predicted: Mapping[str, float | None], plan: Run) -> list[Prediction]:
-    """Predicted against measured joules per token of the plan, by phase."""
+def drift(predicted: Mapping[str, float], untouched: Run) -> dict[str, float]:
+    """Measured / predicted joules of the untouched model, by phase: the machine's drift."""
+    out = {}
+    for phase in PHASES:
+        measured = getattr(untouched, phase).joules
+        if measured is not None and predicted[phase] > 0:
+            out[phase] = measured / predicted[phase]
+    return out
+
+
+def predictions(
+    predicted: Mapping[str, float], plan: Run, drift: Mapping[str, float]
+) -> list[Prediction]:
+    """Predicted against measured joules per token of the plan, by phase.
+
+    drift: factor by which the machine's own speed changed since the table was measured.
+    """
     out = []
     for phase in PHASES:
         measured = getattr(plan, phase).joules
-        guess = predicted.get(phase)
-        if guess is not None and measured is not None:
+        if measured is not None:
+            guess = predicted[phase] * drift.get(phase, 1.0)
             out.append(Prediction(phase=phase, predicted=guess, measured=measured))
     return out
 
