@@ -104,7 +104,7 @@ def make_ratios(found: Rounds, ours: str, others: Sequence[str], seed: int) -> l
 
 def drift(predicted: Mapping[str, float], untouched: Run) -> dict[str, float]:
     """Measured / predicted joules of the untouched model, by phase: the machine's drift."""
-    out = {}
+    out: dict[str, float] = {}
     for phase in PHASES:
         measured = getattr(untouched, phase).joules
         if measured is not None and predicted[phase] > 0:
