@@ -82,13 +82,14 @@ def assemble(f: Found, timings: Mapping[str, float], peak: int | None) -> Result
     before = _predict(f, {})
     untouched = next((r for r in runs if r.name == f"{FLOAT} GGUF"), None)
     drift = {} if untouched is None else summary.drift(before, untouched)
+    moved = drift.get("workload", 1.0)
     chosen = sum(f.space.joules[t][k] for t, k in f.trial.types.items())
     slope = summary.loss_per_damage([(t.damage, t.quality) for t in f.trials])
     curve = [
-        (c.joules + guess["workload"] - chosen, math.exp(-slope * c.damage))
+        (moved * (c.joules + guess["workload"] - chosen), math.exp(-slope * c.damage))
         for c in front(f.space, f.correction)
     ]
-    references = [(m.name, _predict(f, m.types)["workload"], m.quality) for m in f.marks]
+    references = [(m.name, moved * _predict(f, m.types)["workload"], m.quality) for m in f.marks]
     return Result(
         joulesmith=__version__,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -252,7 +252,7 @@ class _Job:
         """The floor on the search windows; where it is a mixture's name, what that keeps there."""
         if isinstance(self.s.keep, str):
             mark = next(m for m in found if m.name == self.s.keep)
-            self.keep = min(1.0, mark.quality.kept)
+            self.keep = _as_floor(mark.quality.kept)
         return self.keep
 
     def _shown(
@@ -278,7 +278,7 @@ class _Job:
     def _final_kept(self, peer: marks.Peer, found: list[marks.Mark], final: Reference) -> float:
         """What the mixture that names the floor keeps on the final windows."""
         mark = next(m for m in found if m.name == self.s.keep)
-        return min(1.0, marks.judge_mark(peer, mark.types, self.engine, final, self.ws).kept)
+        return _as_floor(marks.judge_mark(peer, mark.types, self.engine, final, self.ws).kept)
 
     def _references(self, model: Model, inputs: Inputs, tick: Tick) -> tuple[Reference, Reference]:
         """The float model's probabilities on the search and the final windows."""
@@ -430,3 +430,8 @@ class _Job:
 
 def _bench(session: Session, prefill: int, decode: int) -> Callable[[int], Bench]:
     return lambda i: session.bench(prefill, decode, seed=i)
+
+
+def _as_floor(kept: float) -> float:
+    """What a file keeps as a floor for others: rounded up to four digits, at most 1."""
+    return min(1.0, math.ceil(kept * 1e4) / 1e4)
