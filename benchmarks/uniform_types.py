@@ -1,6 +1,6 @@
 """Speed and damage of the uniform types that people download, on one engine build.
 
-    python benchmarks/types.py --eval FILE [--engine-lib LIB] [--name types]
+    python benchmarks/uniform_types.py --eval FILE [--engine-lib LIB] [--name uniform_types]
 
 Files of SmolLM2-135M-Instruct (dequantized from Q4_1) made by llama.cpp's own quantizer
 without an importance matrix, "nearest" rounding; decode and prefill in interleaved rounds,
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--eval", default="english")
     parser.add_argument("--engine-lib", default=None)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--name", default="types")
+    parser.add_argument("--name", default="uniform_types")
     args = parser.parse_args()
     model = load("smollm2")
     engine = get_engine("llama.cpp", library=args.engine_lib)
@@ -82,7 +82,7 @@ def main() -> None:
     lines = [
         f"# Uniform types on SmolLM2-135M-Instruct, dequantized from Q4_1 ({date.today()})",
         "",
-        f"`python benchmarks/types.py --eval {Path(args.eval).name} --name {args.name}`",
+        f"`python benchmarks/uniform_types.py --eval {Path(args.eval).name} --name {args.name}`",
         "",
         f"{engine.version}, {engine.threads} threads, {platform.machine()}; {args.rounds} "
         f"interleaved rounds of 64:256 tokens, medians. KL on {quality['BF16'].tokens} tokens of "
