@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from joulesmith.errors import JoulesmithError, MissingExtraError
-from joulesmith.memory import returning_memory
 
 if TYPE_CHECKING:
     import torch
@@ -191,12 +190,7 @@ def self_samples(
     out = torch.empty((n_windows, length), dtype=torch.int64)
     out[:, 0] = start_token(model)
     weights = _sampling_weights(model.module)
-    with (
-        torch.inference_mode(),
-        _threads(),
-        _one_query_attention(model.module),
-        returning_memory(),
-    ):
+    with torch.inference_mode(), _threads(), _one_query_attention(model.module):
         for at in range(0, n_windows, _BATCH):
             rows = out[at : at + _BATCH]
             cache = None
