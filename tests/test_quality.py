@@ -118,7 +118,7 @@ def test_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
-    with pytest.raises(JoulesmithError, match="not enough space"):
+    with pytest.raises(JoulesmithError, match="not enough disk space"):
         q.write_reference(Fixed(), windows(), tmp_path / "r.npy", "t")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 

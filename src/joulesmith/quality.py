@@ -17,11 +17,12 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from joulesmith.atomic import atomic_path, check_space
 from joulesmith.errors import JoulesmithError
 
 if TYPE_CHECKING:
@@ -149,60 +150,48 @@ def write_reference(
         return Reference(windows, np.load(side, allow_pickle=False), path, text)
     n, length = windows.shape
     nll = np.empty((n, length - 1), np.float32)
-    temporary = path.with_name(path.name + ".tmp")
     rows = np.arange(length - 1)
-    try:
-        # Written as a stream, not through a memory map: a full disk is then an
-        # error that can be reported, where a map would kill the process (SIGBUS).
-        with open(temporary, "wb") as out:
-            for i in range(n):
-                logits = session.logits(windows[i])[:-1]
-                if not np.isfinite(logits).all():
-                    raise JoulesmithError(
-                        "the reference model's logits are not finite: the weights are damaged"
-                    )
-                logp = log_softmax(logits)
-                if i == 0:
-                    shape = (n, length - 1, logits.shape[1])
-                    _check_space(path, 2 * math.prod(shape))
-                    np.lib.format.write_array_header_1_0(
-                        out, {"descr": "<f2", "fortran_order": False, "shape": shape}
-                    )
-                nll[i] = -logp[rows, windows[i, 1:]]
-                out.write(np.maximum(logp, -6e4).astype("<f2").tobytes())
-                if progress:
-                    progress((i + 1) / n)
-        temporary.replace(path)
-        np.save(side, nll)
-        marker.write_text(json.dumps(key))
-    except OSError as e:
-        raise JoulesmithError(f"cannot write {path}: {e.strerror or e}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Written as a stream, not through a memory map: a full disk is then an error that
+    # can be reported, where a map would kill the process (SIGBUS).
+    with atomic_path(path) as temporary, temporary.open("wb") as out:
+        for i in range(n):
+            logits = session.logits(windows[i])[:-1]
+            if not np.isfinite(logits).all():
+                raise JoulesmithError(
+                    "the reference model's logits are not finite: the weights are damaged"
+                )
+            logp = log_softmax(logits)
+            if i == 0:
+                _start_array(out, path, (n, length - 1, logits.shape[1]))
+            nll[i] = -logp[rows, windows[i, 1:]]
+            out.write(np.maximum(logp, -6e4).astype("<f2").tobytes())
+            if progress:
+                progress((i + 1) / n)
+    with atomic_path(side) as temporary, temporary.open("wb") as out:
+        np.save(out, nll)
+    with atomic_path(marker) as temporary:
+        temporary.write_text(json.dumps(key))  # last: it says that the rest is complete
     return Reference(windows, nll, path, text)
 
 
 def first_windows(reference: Reference, n: int) -> Reference:
     """The first ``n`` windows of a reference, as a file beside it, for rougher judgements."""
     path = reference.path.with_name(f"{reference.path.stem}-{n}.npy")
-    nll = reference.nll[:n]
     if not path.exists():
         whole = np.load(reference.path, mmap_mode="r", allow_pickle=False)
-        temporary = path.with_name(path.name + ".tmp")
-        try:
-            _check_space(path, whole[:n].nbytes)
-            with open(temporary, "wb") as out:
-                np.lib.format.write_array_header_1_0(
-                    out, {"descr": "<f2", "fortran_order": False, "shape": whole[:n].shape}
-                )
-                for window in whole[:n]:
-                    out.write(window.tobytes())
-            temporary.replace(path)
-        except OSError as e:
-            raise JoulesmithError(f"cannot write {path}: {e.strerror or e}") from e
-        finally:
-            temporary.unlink(missing_ok=True)
-    return Reference(reference.windows[:n], nll, path, reference.text)
+        with atomic_path(path) as temporary, temporary.open("wb") as out:
+            _start_array(out, path, whole[:n].shape)
+            for window in whole[:n]:
+                out.write(window.tobytes())
+    return Reference(reference.windows[:n], reference.nll[:n], path, reference.text)
+
+
+def _start_array(out: BinaryIO, path: Path, shape: tuple[int, ...]) -> None:
+    """The header of a float16 ``.npy``, once there is space for all of it."""
+    check_space(path.parent, 2 * math.prod(shape))
+    np.lib.format.write_array_header_1_0(
+        out, {"descr": "<f2", "fortran_order": False, "shape": shape}
+    )
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -223,14 +212,3 @@ def _same(marker: Path, key: dict[str, Any]) -> bool:
         return bool(json.loads(marker.read_text()) == key)
     except (OSError, ValueError):
         return False
-
-
-def _check_space(path: Path, need: int) -> None:
-    import shutil
-
-    free = shutil.disk_usage(path.parent).free
-    if free < need * 1.02:
-        raise JoulesmithError(
-            f"not enough space in {path.parent}: {need / 1e6:.0f} MB needed, "
-            f"{free / 1e6:.0f} MB free; free some or choose another --out"
-        )

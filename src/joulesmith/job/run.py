@@ -34,6 +34,7 @@ from joulesmith.plan.space import (
     price_rest,
     stream_weights,
     totals,
+    workload_joules,
     worthwhile,
 )
 from joulesmith.progress import Progress, Tick
@@ -328,19 +329,19 @@ class _Job:
         def cost(rows: int, columns: int, kind: str) -> float | None:
             if not grid(kind).fits(columns):
                 return None
-            decode, prefill = table.price(rows, columns, kind)
-            p, d = self.s.workload
-            return (p * prefill + d * decode) / (p + d)
+            return workload_joules(*table.price(rows, columns, kind), self.s.workload)
 
         noise = {t: coarseness(grid(t)) for t in types}
         chosen = worthwhile(types, shapes, cost, noise)
-        stored = self.ws.get("rest")
-        if stored is None:
+
+        def measure_rest() -> dict[str, float]:
             path = marks.write_float(model, self.ws)
             prefill, decode = self.s.workload[0], min(64, self.s.workload[1])
             with self.engine.load(path, context=prefill + decode) as session:
                 runs = [session.bench(prefill, decode, seed=i) for i in range(3)]
-            stored = self.ws.put("rest", price_rest(model.matrices(), table.price, FLOAT, runs))
+            return price_rest(model.matrices(), table.price, FLOAT, runs)
+
+        stored = self.ws.once("rest", measure_rest)
         tick(1.0)
         return table, stored, chosen
 
