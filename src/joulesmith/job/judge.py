@@ -5,7 +5,7 @@ The meeting point of a plan's types, the packed tensors, the writer and the engi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from joulesmith.export.gguf import extra_entries, float_entry, write_gguf
 from joulesmith.gguf_file import type_bytes
+from joulesmith.models import EMBEDDING, HEAD
 from joulesmith.quality import Quality, Reference, judge
 from joulesmith.workspace import Workspace, fingerprint
 
 if TYPE_CHECKING:
     from joulesmith.engines.base import Engine
-    from joulesmith.models import Model, TensorRef
+    from joulesmith.models import Model
     from joulesmith.plan.candidates import Candidates
 
 FLOAT = "BF16"
@@ -35,25 +36,41 @@ def write_choice(
 ) -> int:
     """Write ``model`` with each matrix at its type; returns the file's bytes.
 
-    packed(tensor, type) -> stored bytes, for every type but `FLOAT`.
+    packed(tensor, type) -> stored bytes, for every type but `FLOAT`. A tied head that
+    ``types`` names is stored as `stored_types` says.
     """
+    stored = stored_types(model, types)
+    shared = HEAD in types and HEAD not in stored
+    names = [*model.tensors, *([HEAD] if model.tied and HEAD in stored else [])]
     entries: list[Any] = []
-    for name, ref in model.tensors.items():
-        kind = types.get(name, FLOAT)
+    for name in names:
+        ref, kind = model.ref(name), stored.get(name, FLOAT)
         if kind == FLOAT or len(ref.shape) != 2:
             entries.append(float_entry(model, name, FLOAT))
         else:
-            entries.append((name, kind, ref.shape, lambda n=name, k=kind: packed(n, k)))
+            use = HEAD if shared and name == EMBEDDING else name
+            entries.append((name, kind, ref.shape, lambda n=use, k=kind: packed(n, k)))
     return write_gguf(path, model.metadata, entries + extra_entries(model), provenance=provenance)
 
 
-def bits_per_weight(
-    model: Model, types: Mapping[str, str], matrices: Sequence[TensorRef] | None = None
-) -> float:
-    """Stored bits per weight over ``matrices`` (default all), scales counted."""
-    chosen = model.matrices() if matrices is None else matrices
-    stored = sum(type_bytes(types.get(r.name, FLOAT), r.shape) for r in chosen)
-    return 8 * stored / sum(r.shape[0] * r.shape[1] for r in chosen)
+def stored_types(model: Model, types: Mapping[str, str]) -> dict[str, str]:
+    """``types`` as the file has them: a tied head is stored apart only where it is smaller
+    than the embedding; otherwise both are ``token_embd.weight``, of the head's type and bytes.
+    """
+    found = dict(types)
+    if model.tied and HEAD in found:
+        shape, head = model.ref(HEAD).shape, found[HEAD]
+        if type_bytes(head, shape) >= type_bytes(found.get(EMBEDDING, FLOAT), shape):
+            found[EMBEDDING] = found.pop(HEAD)
+    return found
+
+
+def bits_per_weight(model: Model, types: Mapping[str, str]) -> float:
+    """Stored bits per weight of the model, scales counted; a head stored twice counts twice."""
+    types = stored_types(model, types)
+    matrices = model.matrices(split_head=HEAD in types)
+    stored = sum(type_bytes(types.get(r.name, FLOAT), r.shape) for r in matrices)
+    return 8 * stored / sum(r.shape[0] * r.shape[1] for r in model.matrices())
 
 
 def score_file(engine: Engine, path: Path, reference: Reference) -> Quality:

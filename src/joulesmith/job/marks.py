@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from joulesmith.engines.llama_quantize import LlamaQuantizer
 from joulesmith.export.mixtures import mixture
 from joulesmith.job.judge import FLOAT, score_file, write_choice
+from joulesmith.models import EMBEDDING, HEAD
 from joulesmith.progress import Tick, silent
 from joulesmith.quality import Quality, Reference
 from joulesmith.workspace import Workspace, fingerprint
@@ -83,6 +84,8 @@ def keep_given(model: Model, store: Candidates) -> None:
         if tensor.name in store.damage and tensor.type not in _FLOATS:
             rows = np.asarray(model.given.data(tensor)).reshape(tensor.shape[0], -1)
             store.put(tensor.name, tensor.type, rows, 0.0)
+            if model.tied and tensor.name == EMBEDDING:
+                store.put(HEAD, tensor.type, rows, 0.0)
 
 
 class Peer:
@@ -97,7 +100,8 @@ class Peer:
         from joulesmith.models import gguf_weight
 
         weight = gguf_weight(self.model, tensor).float().numpy()
-        return self.quantizer.pack(weight, kind, self.store.importance(tensor))
+        use = HEAD if self.model.tied and tensor == EMBEDDING else tensor
+        return self.quantizer.pack(weight, kind, self.store.importance(use))
 
 
 def uniform_marks(

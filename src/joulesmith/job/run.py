@@ -178,7 +178,12 @@ class _Job:
                 marks.keep_given(model, store)
         release_memory()
         space = make_space(
-            model.matrices(), store.damage, store.activation, table.price, self.s.workload, FLOAT
+            model.matrices(split_head=True),
+            store.damage,
+            store.activation,
+            table.price,
+            self.s.workload,
+            FLOAT,
         )
         judge = Judge(model, self.engine, store, seen, self.ws, "search")
         peer = marks.Peer(model, store, self.s.engine_lib)

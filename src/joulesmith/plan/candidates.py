@@ -78,13 +78,10 @@ class Candidates:
         damage: dict[str, dict[str, list[float]]] = {}
         for r in rounded:
             weights = inputs = 0.0
-            for start in range(0, len(r.weight), ROWS):
-                change = r.change(start, start + ROWS)
-                if r.moments is not None:
-                    weights += linear_damage(change, r.moments, start)
-                if r.head is not None:
-                    weights += embedding_damage(change, r.head, start)
+            if r.head is not None:
+                weights += embedding_damage(r.change, len(r.weight), r.head)
             if r.moments is not None:
+                weights += linear_damage(r.change, len(r.weight), r.moments)
                 inputs = activation_damage(r.weight, r.moments, activation_block(r.type))
             damage.setdefault(r.ref.name, {})[r.type] = [weights, inputs]
             path = self.path(r.ref.name, r.type)
@@ -94,10 +91,6 @@ class Candidates:
         with atomic_path(self.folder / f"damage-{block}.json") as temporary:
             temporary.write_text(json.dumps(damage))
         self._learn(damage)
-
-
-ROWS = 4096
-"""Rows judged at a time."""
 
 
 def activation_block(kind: str) -> int:
@@ -135,7 +128,7 @@ def make(
 
     folder.mkdir(parents=True, exist_ok=True)
     store = Candidates(folder)
-    if not store.has([r.name for r in model.matrices()]):
+    if not store.has([r.name for r in model.matrices(split_head=True)]):
         walk(
             model,
             windows,
@@ -143,6 +136,7 @@ def make(
             store.keep,
             effort=effort,
             skip=store.has,
+            split_head=True,
             seed=seed,
             scratch=folder,
             progress=progress,

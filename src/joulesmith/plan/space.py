@@ -55,13 +55,20 @@ def make_space(
     workload: tuple[int, int],
     float_type: str,
 ) -> Space:
-    """Joules, bytes and damage of every (tensor, type), the untouched type included."""
+    """Joules, bytes and damage of every (tensor, type), the untouched type included.
+
+    An embedding that is only looked up costs no joules: it is left at 8 bits where that is
+    on offer (or as a given file has it, which does no damage), since more bytes would buy
+    next to nothing and fewer would save nothing.
+    """
     tied = not any(m.role == "output" for m in matrices)
     joules: dict[str, dict[str, float]] = {}
     sizes: dict[str, dict[str, int]] = {}
     predicted: dict[str, dict[str, float]] = {}
     for ref in matrices:
         kinds = {**damage[ref.name], float_type: 0.0}
+        if ref.role == "token_embd" and not tied and "Q8_0" in kinds:
+            kinds = {k: d for k, d in kinds.items() if d <= kinds["Q8_0"] and k != float_type}
         predicted[ref.name] = kinds
         joules[ref.name] = {
             k: workload_joules(*tensor_joules(ref, k, price, workload, tied), workload)

@@ -35,7 +35,7 @@ class Quantize(Step):
         self, model: Model, calibration: NDArray[np.int32], progress: Tick = silent
     ) -> StepRecord:
         """Pack the matrices; the module itself is left as it is."""
-        known = {r.name for r in model.matrices()}
+        known = {r.name for r in model.matrices(split_head=True)}
         unknown = sorted(set(self.types) - known)
         if unknown:
             raise JoulesmithError(f"the model has no matrix {unknown[0]!r} to quantize")
@@ -55,6 +55,7 @@ class Quantize(Step):
             types,
             emit,
             effort=self.effort,
+            split_head="output.weight" in self.types,
             seed=self.seed,
             progress=progress,
         )

@@ -63,6 +63,7 @@ def walk(
     *,
     effort: str = "default",
     skip: Callable[[Sequence[str]], bool] = lambda _: False,
+    split_head: bool = False,
     seed: int = 0,
     scratch: Path | None = None,
     progress: Tick = silent,
@@ -71,11 +72,13 @@ def walk(
 
     emit: called with a block's name and its rounded tensors, last block first, the
     embedding and the head ("ends") at the end. skip: whether a block, given its tensor
-    names, is done already. Raises `JoulesmithError` when no asked type fits a tensor.
+    names, is done already. split_head: round a tied head and the embedding apart, as
+    ``output.weight`` and ``token_embd.weight``. Raises `JoulesmithError` when no asked type
+    fits a tensor.
     """
     layers: dict[int, dict[str, TensorRef]] = {}
     ends: list[TensorRef] = []
-    for ref in model.matrices():
+    for ref in model.matrices(split_head=split_head):
         if ref.layer is None:
             ends.append(ref)
         else:
@@ -171,7 +174,11 @@ def _begin(
     weight = gguf_weight(model, ref.name)
     if moments is not None and ref.rows is not None:
         # Moments follow torch's row order, the file another one.
-        moments = replace(moments, fisher=moments.fisher[torch.from_numpy(ref.rows)])
+        order = torch.from_numpy(ref.rows)
+        sample = moments.sample
+        if sample is not None and sample.g is not None:
+            sample = replace(sample, g=sample.g[:, order])
+        moments = replace(moments, fisher=moments.fisher[order], sample=sample)
     fitting = [grid(t) for t in types if grid(t).fits(weight.shape[1])]
     if not fitting:
         raise JoulesmithError(
