@@ -182,6 +182,17 @@ def test_unknown_structure_is_refused() -> None:
         run(torch.nn.Linear(2, 2), np.zeros((1, 4), np.int32))
 
 
+def test_visitors_multiply_at_full_precision(tiny: torch.nn.Module) -> None:
+    seen = []
+    before = torch.get_float32_matmul_precision()
+
+    def visit(*_: object) -> None:
+        seen.append(torch.get_float32_matmul_precision())
+
+    calibrate(tiny, np.zeros((2, 4), np.int32), visit)
+    assert seen == [before] * 3 and torch.get_float32_matmul_precision() == before
+
+
 def test_same_seed_same_moments(tiny: torch.nn.Module) -> None:
     windows = np.random.default_rng(2).integers(0, 50, (4, 8)).astype(np.int32)
     a, _ = run(tiny, windows, seed=1)

@@ -180,9 +180,12 @@ def test_attention_of_one_query_is_torchs(tiny):
 
     torch.manual_seed(1)
     q, k, v = torch.randn(2, 6, 1, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)
-    got, _ = text._attend(None, q, k, v, None, 8**-0.5)
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-    torch.testing.assert_close(got, expected.transpose(1, 2))
+    for n in (5, 3):  # a cache that is full, and one with room behind
+        got, _ = text._attend([n], None, q, k, v, None, 8**-0.5)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q, k[:, :, :n], v[:, :, :n], enable_gqa=True
+        )
+        torch.testing.assert_close(got, expected.transpose(1, 2))
     before = tiny.module.config._attn_implementation
     text.self_samples(tiny, 1, 3)
     assert tiny.module.config._attn_implementation == before

@@ -172,9 +172,16 @@ def calibrate(
     import torch
 
     precision = torch.get_float32_matmul_precision()
+
+    def exactly(index: int, moments: Mapping[str, Moments]) -> None:
+        # What the visitor multiplies is no average: it gets full precision.
+        torch.set_float32_matmul_precision(precision)
+        visit(index, moments)
+        torch.set_float32_matmul_precision("medium")
+
     torch.set_float32_matmul_precision("medium")
     try:
-        return _calibrate(module, windows, visit, batch, seed, scratch, progress)
+        return _calibrate(module, windows, exactly, batch, seed, scratch, progress)
     finally:
         torch.set_float32_matmul_precision(precision)
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,6 +181,7 @@ def self_samples(
     beyond the model's context.
     """
     import torch
+    from transformers import StaticCache
 
     if length < 2 or n_windows < 1:
         raise JoulesmithError(f"cannot sample {n_windows} windows of {length} tokens")
@@ -190,16 +192,18 @@ def self_samples(
     out = torch.empty((n_windows, length), dtype=torch.int64)
     out[:, 0] = start_token(model)
     weights = _sampling_weights(model.module)
-    with torch.inference_mode(), _threads(), _one_query_attention(model.module):
+    with torch.inference_mode(), _threads(), _one_query_attention(model.module) as seen:
         for at in range(0, n_windows, _BATCH):
             rows = out[at : at + _BATCH]
-            cache = None
+            # One allocation for all steps: a cache that grows by concatenation leaves
+            # holes in memory, as large again as itself.
+            cache = StaticCache(config=model.module.config, max_cache_len=length)
             for i in range(1, length):
+                seen[0] = i
                 given = {"input_ids": rows[:, i - 1 : i], "past_key_values": cache}
                 step = torch.func.functional_call(
                     model.module, weights, kwargs={**given, "use_cache": True}
                 )
-                cache = step.past_key_values
                 rows[:, i] = _draw(step.logits[:, -1], generator)
                 if progress is not None:
                     done = at * (length - 1) + i * rows.shape[0]
@@ -240,28 +244,33 @@ def _sampling_weights(module: Any) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _one_query_attention(module: Any) -> Iterator[None]:
+def _one_query_attention(module: Any) -> Iterator[list[int]]:
     """Attention as two batched products while one token at a time is read.
+
+    Yields a list whose first element is to be set to the number of tokens read so far,
+    this one included: the cache is longer than that.
 
     torch's fused kernel is made for many queries: with one, in bfloat16 on a CPU, it
     takes ten times as long as this and more than the rest of the model.
     """
     usual = module.config._attn_implementation
+    seen = [0]
     try:
         from transformers import AttentionInterface
 
-        AttentionInterface.register("joulesmith_one_query", _attend)
+        AttentionInterface.register("joulesmith_one_query", partial(_attend, seen))
         module.set_attn_implementation("joulesmith_one_query")
     except (ImportError, AttributeError):  # older transformers: slower, the same text
-        yield
+        yield seen
         return
     try:
-        yield
+        yield seen
     finally:
         module.set_attn_implementation(usual)
 
 
 def _attend(
+    seen: list[int],
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -270,17 +279,21 @@ def _attend(
     scaling: float,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """query (b, heads, 1, d), key and value (b, kv_heads, n, d) -> (b, 1, heads, d).
+    """query (b, heads, 1, d), key and value (b, kv_heads, room, d) -> (b, 1, heads, d).
 
-    The newest token sees all before it, so that no mask is needed.
+    The newest token sees the ``seen[0]`` that are there. Lengths go in steps of 64: for
+    each shape, the maths library compiles a kernel and keeps it, 300 MB for 256 of them.
     """
     import torch
 
-    b, kv, n, d = key.shape
-    groups = query.reshape(b * kv, -1, d)
-    scores = torch.bmm(groups, key.reshape(b * kv, n, d).transpose(1, 2)).float() * scaling
+    b, kv, room, d = key.shape
+    n = min(room, -(-seen[0] // 64) * 64)
+    key = key[:, :, :n].reshape(b * kv, n, d)  # views: the room behind stays where it is
+    value = value[:, :, :n].reshape(b * kv, n, d)
+    scores = torch.bmm(query.reshape(b * kv, -1, d), key.transpose(1, 2)).float() * scaling
+    scores[..., seen[0] :] = -torch.inf
     share = scores.softmax(-1).to(value.dtype)
-    return torch.bmm(share, value.reshape(b * kv, n, d)).reshape(b, 1, -1, d), None
+    return torch.bmm(share, value).reshape(b, 1, -1, d), None
 
 
 @contextmanager

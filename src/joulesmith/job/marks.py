@@ -8,7 +8,7 @@ calibration text.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,9 +110,13 @@ def uniform_marks(
     engine: Engine,
     reference: Reference,
     workspace: Workspace,
+    wanted: Callable[[Mark], bool],
     progress: Tick = silent,
 ) -> list[Mark]:
-    """Each mixture written and judged on ``reference``'s windows; kept in the workspace."""
+    """Each mixture written and judged on ``reference``'s windows; kept in the workspace.
+
+    wanted: which files to leave where `write_rivals` finds them.
+    """
     model = peer.model
     layers = 1 + max((r.layer for r in model.matrices() if r.layer is not None), default=0)
     found: list[Mark] = []
@@ -124,7 +128,10 @@ def uniform_marks(
             continue
         seen[key] = name
         quality = judge_mark(peer, types, engine, reference, workspace)
-        found.append(Mark(name, types, quality))
+        mark = Mark(name, types, quality)
+        if not wanted(mark):
+            rival_path(types, workspace).unlink(missing_ok=True)
+        found.append(mark)
         progress((i + 1) / len(names))
     return found
 
@@ -136,17 +143,15 @@ def judge_mark(
     reference: Reference,
     workspace: Workspace,
 ) -> Quality:
-    """Quality of one mixture on ``reference``'s windows; kept in the workspace."""
+    """Quality of one mixture on ``reference``'s windows; both stay in the workspace."""
     key = f"mark-{reference.path.stem}-{fingerprint(dict(types))}"
     stored = workspace.get(key)
     if stored is not None:
         return Quality(**stored)
-    path = workspace.work / "mark.gguf"
-    try:
+    path = rival_path(types, workspace)
+    if not path.exists():
         write_choice(peer.model, peer, types, path)
-        quality = score_file(engine, path, reference)
-    finally:
-        path.unlink(missing_ok=True)
+    quality = score_file(engine, path, reference)
     workspace.put(key, quality.to_dict())
     return quality
 

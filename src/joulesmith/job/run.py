@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from joulesmith.plan.damage import Correction
     from joulesmith.plan.table import JouleTable
 
+ALWAYS = ("Q4_K_M", "Q8_0")
+"""Mixtures that are measured whatever the floor: what everybody downloads."""
+
 ATTEMPTS = 4
 """Plans that may be judged on the final windows."""
 
@@ -189,7 +192,7 @@ class _Job:
         peer = marks.Peer(model, store, self.s.engine_lib)
         with stage("measure damage") as tick:
             found_marks = marks.uniform_marks(
-                peer, MARKS, self.engine, seen, self.ws, lambda x: tick(x * 0.4)
+                peer, MARKS, self.engine, seen, self.ws, self._near, lambda x: tick(x * 0.4)
             )
             fast = fast_types(space)
             part = first_windows(seen, max(4, len(inputs.search) // 2))
@@ -270,16 +273,20 @@ class _Job:
     ) -> list[marks.Mark]:
         """The mixtures to measure: the one that everybody downloads, the one that names the
         floor, and the cheapest two that may clear it on the final windows."""
-        loss = -math.log(self.keep)
-        near = [m for m in found if -math.log(m.quality.kept) <= 1.3 * loss + 0.002]
 
         def joules(mark: marks.Mark) -> float:
             return totals(model.matrices(), mark.types, FLOAT, table.price, rest, self.s.workload)[
                 "workload"
             ]
 
-        chosen = {m.name for m in sorted(near, key=joules)[:2]} | {"Q4_K_M", "Q8_0", self.s.keep}
+        near = sorted((m for m in found if self._near(m)), key=joules)
+        chosen = {m.name for m in near[:2]} | {*ALWAYS, self.s.keep}
         return [m for m in found if m.name in chosen]
+
+    def _near(self, mark: marks.Mark) -> bool:
+        """Whether a mixture may clear the floor on the final windows, or is shown anyway."""
+        loss = -math.log(mark.quality.kept)
+        return mark.name in (*ALWAYS, self.s.keep) or loss <= 1.3 * -math.log(self.keep) + 0.002
 
     def _final_kept(self, peer: marks.Peer, found: list[marks.Mark], final: Reference) -> float:
         """What the mixture that names the floor keeps on the final windows."""
