@@ -214,9 +214,10 @@ def _caveats(f: Found) -> tuple[str, ...]:
     if f.settings.model == "smollm2":
         out.append(
             "The weights are dequantized from Q4_1, the only packaging at hand of the "
-            "published bfloat16 checkpoint. Q4_1 is left out of the plan and of the "
-            "comparison, since these weights lie on its grid by accident; the given file's "
-            "own figures are shown beside the others."
+            "published bfloat16 checkpoint. These weights lie on that grid by accident, so "
+            "Q4_1 is left out of the plan and of the comparison, and the types like it (Q4_K, "
+            "Q5_1, Q5_K: an offset for each few weights) out of the plan; Q4_K_M keeps the "
+            "advantage. The given file's own figures are shown beside the others."
         )
     elif given_types(f.model):
         out.append(

@@ -326,9 +326,13 @@ class _Job:
         from joulesmith.plan.table import JouleTable
 
         shapes = sorted({(r.shape[0], r.shape[1]) for r in model.matrices()})
-        # Weights that come from a grid fit that grid by accident: it is left out.
-        left_out = marks.main_type(given, model) if accident else None
-        types = [t for t in (*legacy.GRIDS, *kquants.GRIDS) if t != left_out]
+        types = [*legacy.GRIDS, *kquants.GRIDS]
+        source = marks.main_type(given, model) if accident else None
+        if source is not None:
+            # Weights that come from a grid fit it, and its like, by accident: these are
+            # left out. Steps with an offset for each few weights are one like another.
+            affine = grid(source).affine
+            types = [t for t in types if t != source and not (affine and grid(t).affine)]
         table = JouleTable.measure(
             self.engine,
             shapes,

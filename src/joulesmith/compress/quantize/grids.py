@@ -68,6 +68,11 @@ class Format(ABC):
     block_bytes: ClassVar[int]
 
     @property
+    def affine(self) -> bool:
+        """Whether groups have an offset beside their step."""
+        return False
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits per weight, scales included."""
         return 8 * self.block_bytes / self.block

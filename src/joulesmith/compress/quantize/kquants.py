@@ -35,6 +35,10 @@ class _KGrid(Grid):
     scale_range: ClassVar[tuple[int, int]]
     landings: ClassVar[tuple[float, ...]] = ()
 
+    @property
+    def affine(self) -> bool:
+        return self.has_minimum
+
     # -- scales ---------------------------------------------------------------
 
     def search(self, x: Tensor, weight: Tensor) -> Lattice:

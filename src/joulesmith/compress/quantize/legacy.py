@@ -48,6 +48,11 @@ class _Plain(Grid):
     group = 32
     free_scales = True
     has_offset: ClassVar[bool] = False
+
+    @property
+    def affine(self) -> bool:
+        return self.has_offset
+
     code_bits: ClassVar[int] = 4
     landings: ClassVar[Sequence[float]] = ()
 
