@@ -339,7 +339,7 @@ class _HeadSums:
         self.sums = _Accumulator(vocab, hidden)
 
     def add(
-        self, x: torch.Tensor, head: torch.nn.Module, generator: torch.Generator, rows: int = 256
+        self, x: torch.Tensor, head: torch.nn.Module, generator: torch.Generator, rows: int = 64
     ) -> torch.Tensor:
         """x (tokens, hidden) -> gradient of -log p(sampled) with respect to x, same shape."""
         import torch

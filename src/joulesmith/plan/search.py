@@ -94,34 +94,40 @@ def correct(
 ) -> Correction:
     """Measure each group of tensors at each type of ``worth``, the rest at its best type.
 
-    The finest type that rounds inputs comes first: what it costs is due to the inputs,
-    and is then taken off what the other types cost.
+    The finest type that rounds inputs comes first, everywhere at once: what it costs is
+    due to the inputs, and is then taken off what the other types cost.
     """
     correction = Correction()
     base = best_types(space)
     base_kl = judge(base).kl
     groups = sorted({group(space.roles[t]) for t in space.damage})
     fine = finest_rounding(space)
-    kinds = [fine] if fine else []
-    kinds += [k for k in worth if k != fine]
-    todo = [(g, k) for k in kinds for g in groups]
-    for i, (g, k) in enumerate(todo):
+
+    def change(kind: str, names: Sequence[str]) -> tuple[float, float, float] | None:
+        """KL measured, and predicted of weights and of inputs, with ``names`` at ``kind``."""
         members = [
             t
             for t in space.damage
-            if group(space.roles[t]) == g and k in space.damage[t] and base[t] != k
+            if group(space.roles[t]) in names and kind in space.damage[t] and base[t] != kind
         ]
-        if members:
-            measured = judge(base | dict.fromkeys(members, k)).kl - base_kl
-            weights = sum(space.damage[t][k] for t in members)
-            inputs = sum(space.activation[t][k] for t in members)
-            if k == fine:
-                correction.learn(g, INPUTS, inputs, measured - weights)
-                correction.learn(g, k, weights, weights)
-            else:
-                rest = inputs * correction.factor(g, INPUTS) if inputs else 0.0
-                correction.learn(g, k, weights, measured - rest)
-        progress((i + 1) / len(todo))
+        if not members:
+            return None
+        measured = judge(base | dict.fromkeys(members, kind)).kl - base_kl
+        weights = sum(space.damage[t][kind] for t in members)
+        return measured, weights, sum(space.activation[t][kind] for t in members)
+
+    todo = [(g, k) for k in worth if k != fine for g in groups]
+    if fine and (found := change(fine, groups)):
+        measured, weights, inputs = found
+        for g in groups:
+            correction.learn(g, INPUTS, inputs, measured - weights)
+            correction.learn(g, fine, weights, weights)
+    for i, (g, k) in enumerate(todo):
+        progress((i + 1) / (len(todo) + 1))
+        if found := change(k, [g]):
+            measured, weights, inputs = found
+            correction.learn(g, k, weights, measured - inputs * correction.factor(g, INPUTS))
+    progress(1.0)
     return correction
 
 
