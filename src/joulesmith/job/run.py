@@ -199,18 +199,18 @@ class _Job:
             rough = Judge(model, self.engine, store, part, self.ws, "correct")
             correction = correct(space, rough, fast, lambda x: tick(0.4 + 0.6 * x))
         with stage("search") as tick:
+            if isinstance(self.s.keep, str):
+                self.keep = self._final_kept(peer, found_marks, final)
             trials = search(
                 space,
                 correction,
                 judge,
-                self._floor(found_marks),
+                self.keep,
                 final_tokens=final.nll.size,
                 rounds=max(3, round(6 * self.share)),
                 progress=tick,
             )
         with stage("judge") as tick:
-            if isinstance(self.s.keep, str):
-                self.keep = self._final_kept(peer, found_marks, final)
             trial, quality, path = self._judge(
                 model, store, space, correction, trials, final, lambda x: tick(x * 0.5)
             )
@@ -257,13 +257,6 @@ class _Job:
         )
         return assemble(self.done, self.progress.done, memory.peak)
 
-    def _floor(self, found: list[marks.Mark]) -> float:
-        """The floor on the search windows; where it is a mixture's name, what that keeps there."""
-        if isinstance(self.s.keep, str):
-            mark = next(m for m in found if m.name == self.s.keep)
-            self.keep = _as_floor(mark.quality.kept)
-        return self.keep
-
     def _shown(
         self,
         model: Model,
@@ -289,7 +282,11 @@ class _Job:
         return mark.name in (*ALWAYS, self.s.keep) or loss <= 1.3 * -math.log(self.keep) + 0.002
 
     def _final_kept(self, peer: marks.Peer, found: list[marks.Mark], final: Reference) -> float:
-        """What the mixture that names the floor keeps on the final windows."""
+        """What the mixture that names the floor keeps on the final windows.
+
+        The floor is the same number for search and judgement: what a mixture keeps differs
+        from split to split by more than plans differ.
+        """
         mark = next(m for m in found if m.name == self.s.keep)
         return _as_floor(marks.judge_mark(peer, mark.types, self.engine, final, self.ws).kept)
 
