@@ -323,17 +323,17 @@ class _Job:
         from joulesmith.plan.table import JouleTable
 
         shapes = sorted({(r.shape[0], r.shape[1]) for r in model.matrices()})
-        types = [*legacy.GRIDS, *kquants.GRIDS]
+        known = types = [*legacy.GRIDS, *kquants.GRIDS]
         source = marks.main_type(given, model) if accident else None
         if source is not None:
             # Weights that come from a grid fit it, and its like, by accident: these are
             # left out. Steps with an offset for each few weights are one like another.
             affine = grid(source).affine
-            types = [t for t in types if t != source and not (affine and grid(t).affine)]
+            types = [t for t in known if t != source and not (affine and grid(t).affine)]
         table = JouleTable.measure(
             self.engine,
             shapes,
-            [*types, FLOAT],
+            [*known, FLOAT],  # reference points are priced too
             self.s.workload[0],
             lambda x: tick(0.8 * x),
             stream_weights=stream_weights(model.parameters),
