@@ -127,5 +127,8 @@ class Workspace:
         return self.put(name, compute()) if found is None else found
 
     def clean(self) -> None:
-        """Remove the working files of a finished run; results stay."""
+        """Remove the working files of a finished run; results stay. ``JOULESMITH_KEEP_WORK=1``
+        leaves them, for a look or for another floor (benchmarks/main_job.py)."""
+        if os.environ.get("JOULESMITH_KEEP_WORK") == "1":
+            return
         shutil.rmtree(self.work, ignore_errors=True)
