@@ -6,7 +6,10 @@ Knows options with numbers on them, and no file formats.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +50,25 @@ def undominated(options: Sequence[Option]) -> list[Option]:
     return kept
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """HiGHS now and then leaves a line of its own debugging on standard output."""
+    try:
+        sys.stdout.flush()
+        kept = os.dup(1)
+    except (OSError, ValueError, AttributeError):  # no standard output to keep clean
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def solve(options: Mapping[str, Sequence[Option]], budget: float, gap: float = 1e-5) -> Choice:
     """Minimise the sum of joules, with the sum of damage at most ``budget``.
 
@@ -78,16 +100,17 @@ def solve(options: Mapping[str, Sequence[Option]], budget: float, gap: float = 1
         (np.ones(len(table)), ([i for i, _ in table], range(len(table)))),
         shape=(len(names), len(table)),
     ).tocsr()
-    answer = milp(
-        cost,
-        integrality=np.ones(len(table)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(each, 1, 1),
-            LinearConstraint(damage[None, :] / unit, -np.inf, 1.0),
-        ],
-        options={"mip_rel_gap": gap, "time_limit": 20.0},
-    )
+    with _quiet():
+        answer = milp(
+            cost,
+            integrality=np.ones(len(table)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(each, 1, 1),
+                LinearConstraint(damage[None, :] / unit, -np.inf, 1.0),
+            ],
+            options={"mip_rel_gap": gap, "time_limit": 20.0},
+        )
     if answer.x is None:
         raise JoulesmithError(f"the planner found no answer: {answer.message}")
     picked = [k for k in range(len(table)) if answer.x[k] > 0.5]
