@@ -175,15 +175,8 @@ def write_reference(
 
 
 def first_windows(reference: Reference, n: int) -> Reference:
-    """The first ``n`` windows of a reference, as a file beside it, for rougher judgements."""
-    path = reference.path.with_name(f"{reference.path.stem}-{n}.npy")
-    if not path.exists():
-        whole = np.load(reference.path, mmap_mode="r", allow_pickle=False)
-        with atomic_path(path) as temporary, temporary.open("wb") as out:
-            _start_array(out, path, whole[:n].shape)
-            for window in whole[:n]:
-                out.write(window.tobytes())
-    return Reference(reference.windows[:n], reference.nll[:n], path, reference.text)
+    """The first ``n`` windows of a reference, in the same file, for rougher judgements."""
+    return Reference(reference.windows[:n], reference.nll[:n], reference.path, reference.text)
 
 
 def _start_array(out: BinaryIO, path: Path, shape: tuple[int, ...]) -> None:

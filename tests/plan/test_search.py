@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from joulesmith.plan.damage import Correction, group
-from joulesmith.plan.search import Space, best_types, correct, front, loss_bound, safer, search
+from joulesmith.plan.search import (
+    Space,
+    best_types,
+    correct,
+    expected_loss,
+    front,
+    loss_bound,
+    safer,
+    search,
+)
 from joulesmith.quality import Quality
 
 TYPES = {"Q8_0": (1.0, 1e-5, 34), "Q5_0": (1.05, 1e-4, 22), "Q4_0": (0.6, 4e-3, 18)}
@@ -124,6 +133,20 @@ def test_front_is_monotone_and_safer_is_safer() -> None:
     assert next_plan is not None and 0.4 * trial.damage < next_plan.damage <= 0.7 * trial.damage
     assert safer(s, c, trial, quality(1.0), 0.999999) is None
     assert best_types(s) == dict.fromkeys(s.damage, "Q8_0")
+
+
+def test_a_noisy_mean_is_drawn_towards_the_kl() -> None:
+    from dataclasses import replace
+
+    def seen(loss: float, noise: float) -> Quality:
+        q = quality(0.01)
+        return replace(q, kept=math.exp(-loss), kept_low=math.exp(-loss - noise))
+
+    # Known well: believed. Not known at all: the KL. In between: in between.
+    assert expected_loss(seen(0.004, 1e-9)) == pytest.approx(0.004, rel=1e-3)
+    assert expected_loss(seen(0.004, 1.0)) == pytest.approx(0.01, rel=1e-3)
+    assert expected_loss(seen(0.004, 1.7 * 0.0025)) == pytest.approx(0.007, rel=1e-3)
+    assert loss_bound(replace(quality(0.01), kept_low=0.0), 4000) == math.inf
 
 
 def test_bound_shrinks_with_more_tokens() -> None:

@@ -46,7 +46,8 @@ class Reference:
 
 
 def open_reference(path: Path | str, shape: tuple[int, ...]) -> Reference:
-    """Open a ``.npy`` of float16 log-probabilities (n_windows, length - 1, vocab).
+    """Open a ``.npy`` of float16 log-probabilities, at least ``shape``'s n windows of
+    (length - 1, vocab); the first n are used.
 
     Raises `EngineError` when it cannot be read or is of another shape.
     """
@@ -54,7 +55,8 @@ def open_reference(path: Path | str, shape: tuple[int, ...]) -> Reference:
         array: NDArray[np.float16] = np.load(Path(path), mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         raise EngineError(f"cannot read the reference {path}: {e}") from e
-    if not isinstance(array, np.memmap) or array.shape != shape or array.dtype != np.float16:
+    fits = array.ndim == 3 and array.shape[0] >= shape[0] and array.shape[1:] == shape[1:]
+    if not isinstance(array, np.memmap) or not fits or array.dtype != np.float16:
         raise EngineError(
             f"the reference {path} is {array.dtype} {array.shape}, not float16 {shape}: "
             "it belongs to another model or other windows"

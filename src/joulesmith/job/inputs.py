@@ -45,7 +45,7 @@ def gather(
 ) -> Inputs:
     """Read or sample all windows of a run, or load those of an interrupted one.
 
-    share: of the usual amount of text (64 calibration, 16 search, 32 final windows);
+    share: of the usual amount of text (64 calibration, 32 search, 32 final windows);
     the final windows are never fewer. Raises `JoulesmithError` for text that is
     missing, empty or too short.
     """
@@ -56,7 +56,7 @@ def gather(
         with np.load(path, allow_pickle=False) as z:
             words = json.loads(str(z["words"]))
             return Inputs(z["calibration"], z["search"], z["final"], *words)
-    counts = {"search": max(8, round(16 * share)), "final": 32}
+    counts = {"search": max(8, round(32 * share)), "final": 32}
     wanted = {"calibration": max(16, round(64 * share))}
     judged = text.english() if evaluation is None else text.read(evaluation)
     fitted = None if calib is None else text.read(calib)

@@ -144,7 +144,7 @@ def judge_mark(
     workspace: Workspace,
 ) -> Quality:
     """Quality of one mixture on ``reference``'s windows; both stay in the workspace."""
-    key = f"mark-{reference.path.stem}-{fingerprint(dict(types))}"
+    key = _key(reference, types)
     stored = workspace.get(key)
     if stored is not None:
         return Quality(**stored)
@@ -154,6 +154,11 @@ def judge_mark(
     quality = score_file(engine, path, reference)
     workspace.put(key, quality.to_dict())
     return quality
+
+
+def _key(reference: Reference, types: Mapping[str, str]) -> str:
+    """Where one file's quality on one set of windows is kept."""
+    return f"mark-{reference.path.stem}-{len(reference.windows)}-{fingerprint(dict(types))}"
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,7 @@ def write_rivals(
             path = model.given.path
         elif not path.exists():
             write_choice(model, peer, types, path)
-        key = f"mark-{final.path.stem}-{fingerprint(types)}"
+        key = _key(final, types)
         stored = workspace.get(key)
         quality = Quality(**stored) if stored else score_file(engine, path, final)
         workspace.put(key, quality.to_dict())

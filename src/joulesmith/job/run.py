@@ -191,12 +191,13 @@ class _Job:
         judge = Judge(model, self.engine, store, seen, self.ws, "search")
         peer = marks.Peer(model, store, self.s.engine_lib)
         with stage("measure damage") as tick:
+            # Rough answers do here: half of the windows, and a quarter.
+            half, quarter = (first_windows(seen, max(4, len(inputs.search) // n)) for n in (2, 4))
             found_marks = marks.uniform_marks(
-                peer, MARKS, self.engine, seen, self.ws, self._near, lambda x: tick(x * 0.4)
+                peer, MARKS, self.engine, half, self.ws, self._near, lambda x: tick(x * 0.4)
             )
             fast = fast_types(space)
-            part = first_windows(seen, max(4, len(inputs.search) // 2))
-            rough = Judge(model, self.engine, store, part, self.ws, "correct")
+            rough = Judge(model, self.engine, store, quarter, self.ws, "correct")
             correction = correct(space, rough, fast, lambda x: tick(0.4 + 0.6 * x))
         with stage("search") as tick:
             if isinstance(self.s.keep, str):

@@ -170,9 +170,11 @@ def search(
             failing = min(failing, choice.damage)
             if choice.damage <= 1.02 * least:
                 break
-        if failing < passing * 1.01:
+        if failing < passing * 1.03:  # finer than what the windows can tell
             break
-        guess = _aim(choice.damage, trials[key].quality, final_tokens, 0.97 * target)
+        seen = trials[key].quality
+        mean, margin = expected_loss(seen), _margin(seen, final_tokens)
+        guess = _aim(choice.damage, mean, margin, 0.97 * target)
         if not passing < guess < failing:
             # Outside of what is known to bracket the answer: halve the bracket instead.
             low = max(passing, 1e-9, failing / 16 if failing < math.inf else 0.0)
@@ -184,15 +186,15 @@ def search(
     return sorted(good, key=lambda t: t.joules) + sorted(bad, key=lambda t: -t.quality.kept_low)
 
 
-def _aim(damage: float, quality: Quality, tokens: int, target: float) -> float:
-    """The damage at which the loss bound would be ``target``, going by one trial.
+def _aim(damage: float, mean: float, margin: float, target: float) -> float:
+    """The damage at which the loss bound would be ``target``, going by one trial, whose mean
+    loss and margin at ``damage`` are given.
 
     The mean loss grows in proportion to the damage, its noise with the square root (the
     variance of a token's NLL change is about twice its KL): a d + b sqrt(d) = target.
     """
-    mean = -math.log(quality.kept)
     a = max(mean, 0.0) / damage
-    b = (loss_bound(quality, tokens) - mean) / math.sqrt(damage)
+    b = margin / math.sqrt(damage)
     if not math.isfinite(b):
         return 0.5 * damage
     if a <= 0:
@@ -206,7 +208,8 @@ def safer(
 ) -> Choice | None:
     """The plan after one that was judged and failed: with the damage that its loss suggests,
     at most 0.9 of the failed one's. None when there is none."""
-    damage = _aim(trial.damage, judged, judged.tokens, -0.97 * math.log(keep))
+    mean, margin = -math.log(judged.kept), _margin(judged, judged.tokens)
+    damage = _aim(trial.damage, mean, margin, -0.97 * math.log(keep))
     try:
         return solve(space.options(correction), min(damage, 0.9 * trial.damage))
     except JoulesmithError:
@@ -222,13 +225,39 @@ def front(space: Space, correction: Correction, points: int = 12) -> list[Choice
     return [_solve(options, math.exp(low + (high - low) * i / (points - 1))) for i in range(points)]
 
 
-def loss_bound(quality: Quality, tokens: int) -> float:
-    """Upper bound of the mean NLL increase, had it been judged on ``tokens`` positions."""
+LOSS_PER_KL = (1.0, 0.25)
+"""Mean and spread of NLL increase / KL over files of one model, before any is looked at."""
+
+
+def expected_loss(quality: Quality) -> float:
+    """The mean NLL increase to expect on other windows of the text, nats per token.
+
+    To second order the NLL of text that the reference model describes well rises by the
+    KL divergence, which is known several times better from the same windows. So the mean
+    that was seen is drawn towards the KL, by as much as its own noise warrants (the
+    posterior mean of two normal distributions).
+    """
     mean = -math.log(quality.kept)
-    margin = -math.log(quality.kept_low) - mean
-    if not math.isfinite(margin):
-        return math.inf
-    return mean + margin * math.sqrt(quality.tokens / tokens)
+    noise = _margin(quality, quality.tokens) / 1.7  # one-sided 95 % margin to standard error
+    ratio, spread = LOSS_PER_KL
+    prior = (spread * quality.kl) ** 2
+    if not math.isfinite(noise) or prior + noise**2 <= 0:
+        return mean
+    trust = prior / (prior + noise**2)
+    return trust * mean + (1 - trust) * ratio * quality.kl
+
+
+def loss_bound(quality: Quality, tokens: int) -> float:
+    """Upper bound of the mean NLL increase to expect when judged on ``tokens`` other positions."""
+    return expected_loss(quality) + _margin(quality, tokens)
+
+
+def _margin(quality: Quality, tokens: int) -> float:
+    """Width of the one-sided 95 % bound of the mean NLL increase over ``tokens`` positions."""
+    margin = (
+        math.log(quality.kept) - math.log(quality.kept_low) if quality.kept_low > 0 else math.inf
+    )
+    return margin * math.sqrt(quality.tokens / tokens)
 
 
 def _solve(options: Mapping[str, Sequence[Option]], budget: float) -> Choice:
