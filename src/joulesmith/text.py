@@ -197,6 +197,7 @@ def self_samples(
             rows = out[at : at + _BATCH]
             # One allocation for all steps: a cache that grows by concatenation leaves
             # holes in memory, as large again as itself.
+            cache = step = None  # of the batch before
             cache = StaticCache(config=model.module.config, max_cache_len=length)
             for i in range(1, length):
                 seen[0] = i
