@@ -75,10 +75,11 @@ def test_filled_memory_multiplies_to_sane_numbers(kernels: Kernels) -> None:
     for name in ("Q4_0", "Q6_K", "Q5_0", "IQ2_XXS"):
         kind, rows, columns = GGML_TYPES[name], 64, 768
         where = kernels.buffer_type(kind, rows, columns)
-        arena = kernels.arena(kind, where, 1 << 20, rng)
+        arena = kernels.arena(where, 1 << 20)
+        kernels.fill(arena, kind, 1 << 20)
         x, y = kernels.plain(4 * columns), kernels.plain(4 * rows)
         array(x[1], (columns,))[:] = rng.standard_normal(columns)
-        job = kernels.job(arena, (rows, columns, kind), 1, 20, x, y)
+        job = kernels.job(arena, (rows, columns, kind), 1, 20, 1 << 20, x, y)
         kernels.compute(job.graph)
         spread = array(y[1], (rows,)).std()
         assert 0.5 * math.sqrt(columns) < spread < 2 * math.sqrt(columns)

@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,13 +37,19 @@ _LEAST_REPEATS, _ENOUGH_SECONDS = 3, 60.0  # on a crowded machine fewer rounds m
 
 @dataclass
 class _Arena:
-    """Weight memory of one type in one buffer, filled with valid blocks throughout."""
+    """Weight memory of one buffer type, which the types take turns to fill.
+
+    A model of each type at once would be many times the model.
+    """
 
     buffer: int
     base: int
     size: int
-    step: int
-    """Offsets of matrices are multiples of this: the block groups of the layout."""
+    kind: int | None = None
+    """The type whose blocks fill its first ``filled`` bytes."""
+    filled: int = 0
+    tiles: dict[int, tuple[int, NDArray[np.uint8]]] = field(default_factory=dict)
+    """Type -> its tile, a tensor at the arena's start, and the tile's bytes."""
 
 
 @dataclass
@@ -54,6 +60,10 @@ class _Job:
     """Multiplications in the graph."""
     warm: bool
     """Whether a pass before the timed one must bring the caches into a stream's state."""
+    arena: _Arena
+    kind: int
+    stream: int
+    """Bytes of the arena that must hold blocks of ``kind``."""
 
 
 class Kernels:
@@ -156,32 +166,43 @@ class Kernels:
         if status:
             raise EngineError(f"llama.cpp failed to multiply (status {status})")
 
-    def arena(self, kind: int, buffer_type: int, size: int, rng: np.random.Generator) -> _Arena:
-        """Weight memory of at least ``size`` bytes."""
-        c = self._c
-        step = math.lcm(_ALIGN, 8 * c.ggml_type_size(kind))
-        context = self.context(1)
-        tile = c.ggml_new_tensor_2d(context, kind, _TILE_COLUMNS, _TILE_ROWS)
-        tile_bytes = int(c.ggml_nbytes(tile))
-        size = -(-max(size, tile_bytes) // tile_bytes) * tile_bytes
+    def arena(self, buffer_type: int, size: int) -> _Arena:
+        """Weight memory of ``size`` bytes and room for a tile."""
+        size += 4 * _TILE_ROWS * _TILE_COLUMNS
         buffer, base = self.allocate(buffer_type, size)
-        c.ggml_backend_buffer_set_usage(buffer, _WEIGHTS)
-        data = self.quantize(kind, rng.standard_normal((_TILE_ROWS, _TILE_COLUMNS), np.float32))
-        self.place(buffer, base, tile)
-        c.ggml_backend_tensor_set(tile, data.ctypes.data, 0, tile_bytes)  # repacks
+        self._c.ggml_backend_buffer_set_usage(buffer, _WEIGHTS)
+        return _Arena(buffer, base, size)
+
+    def fill(self, arena: _Arena, kind: int, size: int) -> None:
+        """Valid blocks of type ``kind`` in the first ``size`` bytes of the arena."""
+        if arena.kind == kind and arena.filled >= size:
+            return
+        c = self._c
+        if kind not in arena.tiles:
+            rng = np.random.default_rng(kind)
+            tile = c.ggml_new_tensor_2d(self.context(1), kind, _TILE_COLUMNS, _TILE_ROWS)
+            self.place(arena.buffer, arena.base, tile)
+            weights = rng.standard_normal((_TILE_ROWS, _TILE_COLUMNS), np.float32)
+            arena.tiles[kind] = int(tile), self.quantize(kind, weights)
+        tile, data = arena.tiles[kind]
+        c.ggml_backend_tensor_set(tile, data.ctypes.data, 0, data.size)  # repacks
         # Any matrix of this type is a run of such block groups, so the repacked tile is repeated.
-        memory = np.frombuffer(memoryview((C.c_uint8 * size).from_address(base)), np.uint8)
-        memory = memory.reshape(-1, tile_bytes)
+        size = -(-max(size, data.size) // data.size) * data.size
+        memory = np.frombuffer(memoryview((C.c_uint8 * size).from_address(arena.base)), np.uint8)
+        memory = memory.reshape(-1, data.size)
         memory[1:] = memory[0]
-        return _Arena(buffer, base, size, step)
+        arena.kind, arena.filled = kind, size
 
     def job(
         self, arena: _Arena, cell: tuple[int, int, int], batch: int, count: int,
-        x: tuple[int, int], y: tuple[int, int],
+        stream: int, x: tuple[int, int], y: tuple[int, int],
     ) -> _Job:  # fmt: skip
-        """A graph of ``count`` multiplications by different matrices of ``arena``."""
+        """A graph of ``count`` multiplications by different matrices in the first ``stream``
+        bytes of ``arena``."""
         c = self._c
         rows, columns, kind = cell
+        # Offsets of matrices are multiples of the layout's block groups.
+        step = math.lcm(_ALIGN, 8 * c.ggml_type_size(kind))
         size = count + 1  # a graph also lists its leaves: each matrix and the input
         context = self.context(2 * count + 2, size)
         graph = int(c.ggml_new_graph_custom(context, size, False))
@@ -190,15 +211,15 @@ class Kernels:
         offset = 0
         for _ in range(count):
             weight = c.ggml_new_tensor_2d(context, kind, columns, rows)
-            size = -(-int(c.ggml_nbytes(weight)) // arena.step) * arena.step
-            if offset + size > arena.size:
+            size = -(-int(c.ggml_nbytes(weight)) // step) * step
+            if offset + size > stream:
                 offset = 0
             self.place(arena.buffer, arena.base + offset, weight)
             offset += size
             out = c.ggml_mul_mat(context, weight, source)
             self.place(*y, out)  # all write to one place: nodes run one after another
             c.ggml_build_forward_expand(graph, out)
-        return _Job(context, graph, count, batch == 1)
+        return _Job(context, graph, count, batch == 1, arena, kind, stream)
 
 
 def measure(
@@ -222,8 +243,12 @@ def measure(
         jobs = _prepare(kernels, library, cells, batches, stream_weights, seed)
         readings: list[list[Any]] = [[] for _ in jobs]
         start = time.perf_counter()
+        # One type after another within a round: each change of type fills the memory anew.
+        order = sorted(range(len(jobs)), key=lambda i: jobs[i].kind)
         for repeat in range(repeats):
-            for i, job in enumerate(jobs):
+            for i in order:
+                job = jobs[i]
+                kernels.fill(job.arena, job.kind, job.stream)
                 if job.warm:
                     kernels.compute(job.graph)
                 with meter.window("matmul") as window:
@@ -247,11 +272,9 @@ def _prepare(
 ) -> list[_Job]:
     c = library.c
     rng = np.random.default_rng(seed)
-    # weights of all types are in memory at once, since rounds go over all cells
-    kinds = len({name for _, _, name in cells})
-    largest = min(_LARGEST_STREAM, psutil.virtual_memory().available // (4 * max(1, kinds)))
+    largest = min(_LARGEST_STREAM, psutil.virtual_memory().available // 8)
     sized: list[tuple[tuple[int, int, int], int, int, int]] = []
-    need: dict[tuple[int, int], int] = {}
+    need: dict[int, int] = {}
     for rows, columns, name in cells:
         kind = GGML_TYPES.get(name)
         if kind is None or rows < 1 or columns < 1 or columns % c.ggml_blck_size(kind):
@@ -261,10 +284,10 @@ def _prepare(
         # the whole model in this type, as far as that is more than any cache
         stream = stream_weights // c.ggml_blck_size(kind) * c.ggml_type_size(kind)
         stream = min(stream, largest)
+        stream = max(stream, size) + math.lcm(_ALIGN, 8 * c.ggml_type_size(kind))
         sized.append(((rows, columns, kind), size, where, stream))
-        slack = math.lcm(_ALIGN, 8 * c.ggml_type_size(kind))
-        need[kind, where] = max(need.get((kind, where), 0), stream + slack, size + slack)
-    arenas = {key: kernels.arena(*key, size, rng) for key, size in need.items()}
+        need[where] = max(need.get(where, 0), stream)
+    arenas = {where: kernels.arena(where, size) for where, size in need.items()}
     widest = max(columns for _, columns, _ in cells) * max(batches)
     tallest = max(rows for rows, _, _ in cells) * max(batches)
     x, y = kernels.plain(4 * widest), kernels.plain(4 * tallest)
@@ -276,14 +299,15 @@ def _prepare(
             flop = 2.0 * cell[0] * cell[1] * batch
             many = stream / size if batch == 1 else _BATCH_FLOP / flop
             count = min(_NODES, max(1, round(many)))
-            job = kernels.job(arenas[cell[2], where], cell, batch, count, x, y)
+            kernels.fill(arenas[where], cell[2], stream)
+            job = kernels.job(arenas[where], cell, batch, count, stream, x, y)
             kernels.compute(job.graph)
             start = time.perf_counter()
             kernels.compute(job.graph)
             seconds = time.perf_counter() - start
             if batch > 1 and seconds > _PASS_SECONDS and count > 1:
                 count = max(1, int(count * _PASS_SECONDS / seconds))
-                job = kernels.job(arenas[cell[2], where], cell, batch, count, x, y)
+                job = kernels.job(arenas[where], cell, batch, count, stream, x, y)
             jobs.append(job)
     return jobs
 
