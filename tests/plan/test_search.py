@@ -12,6 +12,7 @@ from joulesmith.plan.damage import Correction, group
 from joulesmith.plan.search import (
     Space,
     best_types,
+    bolder,
     correct,
     expected_loss,
     front,
@@ -133,6 +134,18 @@ def test_front_is_monotone_and_safer_is_safer() -> None:
     assert next_plan is not None and 0.4 * trial.damage < next_plan.damage <= 0.7 * trial.damage
     assert safer(s, c, trial, quality(1.0), 0.999999) is None
     assert best_types(s) == dict.fromkeys(s.damage, "Q8_0")
+
+
+def test_a_pass_with_room_to_spare_is_followed_by_a_bolder_plan() -> None:
+    s = space()
+    c = correct(s, judge_of(s), ["Q4_0"])
+    trial = search(s, c, judge_of(s), 0.99, final_tokens=4000)[0]
+    wider = bolder(s, c, trial, quality(0.006), 0.99)
+    assert wider is not None and wider.joules < trial.joules
+    assert trial.damage < wider.damage <= 2 * trial.damage
+    assert bolder(s, c, trial, quality(0.0095), 0.99) is None, "no room"
+    free = bolder(s, c, trial, quality(1e-6), 0.99)
+    assert free is not None and free.damage <= 2 * trial.damage
 
 
 def test_a_noisy_mean_is_drawn_towards_the_kl() -> None:

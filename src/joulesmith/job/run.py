@@ -27,7 +27,7 @@ from joulesmith.job.machine import PeakMemory
 from joulesmith.job.settings import Settings, check
 from joulesmith.memory import release_memory
 from joulesmith.plan import candidates as candidate_store
-from joulesmith.plan.search import Space, Trial, correct, safer, search
+from joulesmith.plan.search import Space, Trial, bolder, correct, safer, search
 from joulesmith.plan.space import (
     fast_types,
     make_space,
@@ -369,37 +369,41 @@ class _Job:
         final: Reference,
         tick: Tick,
     ) -> tuple[Trial, Quality, Path]:
-        """The first plan whose bound clears the floor on the final windows, or the nearest miss.
+        """The cheapest plan whose bound clears the floor on the final windows, or the nearest miss.
 
-        Each further plan is a safer one. Judging several plans on the same windows would
-        favour lucky ones, so there are at most `ATTEMPTS`.
+        After a miss comes a safer plan. After a pass with much room to spare comes a bolder
+        one, once. Judging many plans on the same windows would favour lucky ones, so there
+        are at most `ATTEMPTS`.
         """
         path = self.ws.work / "plan.gguf"
+        mark = {"version": __version__, "command": self.s.command()}
         misses: list[tuple[Trial, Quality]] = []
-        queue = list(trials)
-        trial = queue.pop(0)
+        passed: list[tuple[Trial, Quality]] = []
+        trial = trials[0]
         for attempt in range(ATTEMPTS):
             key = f"final-plan-{fingerprint(trial.types)}"
             stored = self.ws.get(key)
-            write_choice(
-                model,
-                store.packed,
-                trial.types,
-                path,
-                {"version": __version__, "command": self.s.command()},
-            )
+            write_choice(model, store.packed, trial.types, path, mark)
             quality = Quality(**stored) if stored else score_file(self.engine, path, final)
             self.ws.put(key, quality.to_dict())
             tick((attempt + 1) / ATTEMPTS)
             if quality.passes(self.keep):
-                return trial, quality, path
-            misses.append((trial, quality))
-            choice = safer(space, correction, trial, quality, self.keep)
+                passed.append((trial, quality))
+                follow = None if misses or len(passed) > 1 else bolder
+            else:
+                misses.append((trial, quality))
+                follow = None if passed else safer
+            choice = follow and follow(space, correction, trial, quality, self.keep)
             if choice is None:
                 break
             trial = Trial(choice.types, choice.joules, choice.damage, quality)
-        trial, quality = max(misses, key=lambda m: m[1].kept_low)
-        write_choice(model, store.packed, trial.types, path)
+        last = trial
+        if passed:
+            trial, quality = min(passed, key=lambda p: p[0].joules)
+        else:
+            trial, quality = max(misses, key=lambda m: m[1].kept_low)
+        if trial is not last:
+            write_choice(model, store.packed, trial.types, path, mark)
         return trial, quality, path
 
     def _measure(self, paths: Mapping[str, Path], tick: Tick) -> list[dict[str, Any]]:

@@ -216,6 +216,20 @@ def safer(
         return None
 
 
+def bolder(
+    space: Space, correction: Correction, trial: Trial, judged: Quality, keep: float
+) -> Choice | None:
+    """The plan after one that was judged and passed with room to spare: with the damage that
+    its loss suggests, at most twice its own. None when that would save under 1 % of the joules
+    that the choice can move."""
+    mean, margin = -math.log(judged.kept), _margin(judged, judged.tokens)
+    damage = _aim(trial.damage, mean, margin, -0.95 * math.log(keep))
+    if damage < 1.05 * trial.damage:
+        return None
+    choice = _solve(space.options(correction), min(damage, 2 * trial.damage))
+    return choice if choice.joules < 0.99 * trial.joules else None
+
+
 def front(space: Space, correction: Correction, points: int = 12) -> list[Choice]:
     """Predicted plans from the least to the most damage: joules against damage."""
     options = space.options(correction)
