@@ -9,11 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
+from joulesmith.energy.carbon import (
+    DEFAULT,
+    Amount,
+    GridRow,
+    PriceRow,
+    bill,
+    footprint,
+    price,
+)
 from joulesmith.energy.launch import Ended, launch
 from joulesmith.energy.meter import EnergyMeter
 from joulesmith.energy.reading import Part, Reading, worst
@@ -91,7 +101,7 @@ class Measured:
             cpu_seconds=mid(lambda r: r.cpu_seconds),
             pedigree=worst(r.pedigree for r in readings),
             parts=tuple(_typical_part(d, readings) for d in devices),
-            notes=tuple(dict.fromkeys(n for r in readings for n in r.notes)),
+            notes=_merged(readings),
         )
 
 
@@ -200,6 +210,103 @@ def compare(ours: Measured, other: Measured) -> Comparison:
     )
 
 
+@dataclass(frozen=True)
+class Report:
+    """What is told of one command, or of two.
+
+    measured, carbon and money go together: COMMAND, then OTHER. source: how joules are
+    got here. idle_watts: of the machine, ``None`` when unknown. pue: in carbon and money.
+    """
+
+    measured: tuple[Measured, ...]
+    carbon: tuple[Amount, ...]
+    money: tuple[Amount, ...]
+    comparison: Comparison | None
+    source: str
+    idle_watts: float | None
+    pue: float
+    stopped: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: the command's figures (medians over runs) on top."""
+        told = [
+            _plain(m, carbon, money)
+            for m, carbon, money in zip(self.measured, self.carbon, self.money, strict=True)
+        ]
+        out = {
+            **told[0],
+            "source": self.source,
+            "idle_watts": self.idle_watts,
+            "pue": self.pue,
+            "stopped": self.stopped,
+        }
+        if len(told) > 1 and self.comparison is not None:
+            out |= {"other": told[1], "ratio": asdict(self.comparison)}
+        return out
+
+
+def report(
+    rounds: Rounds, meter: EnergyMeter, grid: GridRow, rate: PriceRow | None, pue: float = 1.0
+) -> Report:
+    """The figures of ``rounds`` with carbon and money; rate ``None`` leaves money unknown."""
+    typical = [m.typical for m in rounds.measured]
+    unpriced = Amount(None, "", notes=(f"no electricity price is known for {grid.name}",))
+    return Report(
+        measured=rounds.measured,
+        carbon=tuple(footprint(r, grid, pue=pue) for r in typical),
+        money=tuple(unpriced if rate is None else bill(r, rate, pue=pue) for r in typical),
+        comparison=compare(*rounds.measured) if len(rounds.measured) == 2 else None,
+        source=meter.source,
+        idle_watts=meter.idle_watts,
+        pue=pue,
+        stopped=rounds.stopped,
+    )
+
+
+def price_for(grid: GridRow) -> PriceRow | None:
+    """The price of electricity where the grid is: its own, its country's, or none."""
+    code = DEFAULT if grid.basis == "given" else grid.code
+    for where in dict.fromkeys((code, code.partition("-")[0])):
+        with contextlib.suppress(JoulesmithError):
+            return price(where)
+    return None
+
+
+def _plain(m: Measured, carbon: Amount, money: Amount) -> dict[str, Any]:
+    typical = m.typical
+
+    def spread(of: Callable[[Reading], float | None]) -> list[float] | None:
+        found = m.figure(of)
+        return None if found is None else [found.least, found.most]
+
+    return {
+        "label": m.label,
+        "command": list(m.command),
+        "exit_code": m.exit_code,
+        "repeat": len(m.runs),
+        **typical.to_dict(),
+        "watts": typical.watts,
+        "peak_memory_bytes": m.peak_memory_bytes,
+        "spread": {
+            "joules": spread(lambda r: r.joules),
+            "marginal": spread(lambda r: r.marginal),
+            "seconds": spread(lambda r: r.seconds),
+        },
+        "carbon": asdict(carbon),
+        "cost": asdict(money),
+        "runs": [
+            {
+                **r.reading.to_dict(),
+                "watts": r.reading.watts,
+                "peak_memory_bytes": r.peak_memory_bytes,
+                "exit_code": r.exit_code,
+                "signal": r.signal,
+            }
+            for r in m.runs
+        ],
+    }
+
+
 def _run(reading: Reading, ended: Ended) -> Run:
     peak = max(filter(None, (reading.peak_memory_bytes, ended.largest_bytes)), default=None)
     run = Run(reading, ended.exit_code, ended.signal, peak)
@@ -229,6 +336,12 @@ def _summed_up(runs: list[Run], notes: Iterable[str]) -> tuple[Run, ...]:
     for note in said:
         last = _say(last, note)
     return (*runs[:-1], last)
+
+
+def _merged(readings: list[Reading]) -> tuple[str, ...]:
+    """Notes of all runs; those that differ by a number only once, as the last run has them."""
+    said = {re.sub(r"\d+", "#", note): note for r in readings for note in r.notes}
+    return tuple(said.values())
 
 
 def _typical_part(device: str, readings: list[Reading]) -> Part:
