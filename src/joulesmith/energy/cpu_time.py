@@ -79,6 +79,8 @@ class ProcessTree:
     def __init__(self, pids: Iterable[int] | None = None) -> None:
         self.pids = tuple(dict.fromkeys(pids)) if pids is not None else (os.getpid(),)
         self._last: dict[int, float] = {}
+        self.alive: tuple[int, ...] = self.pids
+        """Roots and descendants as `seconds` last saw them."""
 
     def seconds(self) -> float | None:
         """Seconds of user and system time so far; ``None`` when no root was ever readable."""
@@ -95,6 +97,7 @@ class ProcessTree:
                 value = self._last[pid] = max(value, self._last.get(pid, 0.0))
             if value is not None:
                 total, known = total + value, True
+        self.alive = tuple(seen)
         return total if known else None
 
     def _root(self, pid: int, seen: set[int]) -> float | None:
