@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from joulesmith.energy import EnergyMeter, Reading
 from joulesmith.energy import meter as meter_module
 from joulesmith.energy.cpu_power import CpuPower
-from joulesmith.energy.meter import _measured, _sum
+from joulesmith.energy.meter import Snapshot, _measured, _sum
 from joulesmith.energy.reading import Part
+from joulesmith.energy.source import Count, Device
 from joulesmith.errors import JoulesmithError
 
 MODEL = CpuPower("test CPU", 4, 10.0, 50.0, 2.0, 0.6, 0.5, 1.5, "test CPU")
@@ -22,7 +23,12 @@ MODEL = CpuPower("test CPU", 4, 10.0, 50.0, 2.0, 0.6, 0.5, 1.5, "test CPU")
 
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    for k in ("CUDA_VISIBLE_DEVICES", "JOULESMITH_IDLE_WATTS", "JOULESMITH_MAX_WATTS"):
+    for k in (
+        "CUDA_VISIBLE_DEVICES",
+        "JOULESMITH_IDLE_WATTS",
+        "JOULESMITH_MAX_WATTS",
+        "JOULESMITH_METER",
+    ):
         monkeypatch.delenv(k, raising=False)
 
 
@@ -149,7 +155,7 @@ def test_measured_idle_gives_the_marginal(
     assert w.reading.marginal == pytest.approx(22.0)
 
 
-def test_counter_vanishing_mid_window_is_unknown(tmp_path: Path, now: list[float]) -> None:
+def test_package_vanishing_mid_window_is_modelled(tmp_path: Path, now: list[float]) -> None:
     f = rapl(tmp_path)
     m = EnergyMeter(rapl_root=tmp_path, nvml=FakeNvml(), cpu_model=MODEL)
     with m.window("w") as w:
@@ -157,13 +163,18 @@ def test_counter_vanishing_mid_window_is_unknown(tmp_path: Path, now: list[float
         f["dram"].write_text("1000000")
         f["package"].unlink()
     r = w.reading
-    assert r.joules == pytest.approx(1.0)
-    assert r.parts[0].joules is None
-    assert any(n.startswith("package-0: unknown") for n in r.notes)
-    f["dram"].unlink()
+    assert r.joules == pytest.approx(12.0) and r.pedigree == "modelled"
+    assert [p.device for p in r.parts] == ["cpu", "dram"]
+    assert "package-0: unknown in this window: modelled instead" in r.notes
+    zone(tmp_path / "intel-rapl:0", "package-0", MAX_UJ - 4_000_000)
     with m.window("w") as w:
         now[0] = 2.0
-    assert w.reading.joules is None
+        f["package"].write_text(str(MAX_UJ - 1_000_000))
+        f["dram"].unlink()
+    r = w.reading
+    assert r.joules == pytest.approx(3.0) and r.pedigree == "measured"
+    assert {p.device: p.joules for p in r.parts} == {"package-0": r.joules, "dram-0": None}
+    assert any(n.startswith("dram-0: unknown") for n in r.notes)
 
 
 def test_unreadable_rapl_is_modelled_with_the_reason(
@@ -187,12 +198,35 @@ def test_unreadable_rapl_is_modelled_with_the_reason(
     assert any("sudo chmod a+r" in n for n in w.reading.notes)
 
 
-def test_a_counter_that_has_not_moved_is_unknown_not_zero(tmp_path: Path, now: list[float]) -> None:
+@pytest.mark.parametrize("seconds", [0.0005, 10.0])
+def test_a_counter_that_has_not_moved_is_not_zero(
+    tmp_path: Path, now: list[float], seconds: float
+) -> None:
     rapl(tmp_path)
     m = EnergyMeter(rapl_root=tmp_path, nvml=FakeNvml(), cpu_model=MODEL)
     with m.window("w") as w:
-        now[0] = 0.0005
-    assert w.reading.joules is None
+        now[0] = seconds
+    assert w.reading.joules == pytest.approx(12 * seconds) and w.reading.pedigree == "modelled"
+    assert any("stands still" in n for n in w.reading.notes) == (seconds > 1)
+
+
+def test_cores_are_shown_within_their_package(tmp_path: Path, now: list[float]) -> None:
+    f = rapl(tmp_path)
+    core = zone(tmp_path / "intel-rapl:0:1", "core", 0)
+    m = EnergyMeter(rapl_root=tmp_path, nvml=FakeNvml(), cpu_model=MODEL)
+    with m.window("w") as w:
+        now[0] = 2.0
+        f["package"].write_text("26000000")
+        f["dram"].write_text("5000000")
+        core.write_text("20000000")
+    r = w.reading
+    assert r.joules == pytest.approx(35.0)
+    assert [(p.device, p.within) for p in r.parts] == [
+        ("package-0", None),
+        ("dram-0", None),
+        ("core-0", "package-0"),
+    ]
+    assert r.parts[-1].joules == pytest.approx(20.0)
 
 
 def test_gpu_adds_to_the_processor(tmp_path: Path, now: list[float]) -> None:
@@ -288,7 +322,10 @@ def test_sampler_follows_a_wrapping_counter(tmp_path: Path) -> None:
             f.write_text(str(value))
             expected += 0.6
             deadline = time.monotonic() + 5
-            while m._rapl._last["package-0"] != value and time.monotonic() < deadline:
+            while (
+                round(m._rapl._tallies["package-0"]._raw * 1e6) != value
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.001)
     assert w.reading.joules == pytest.approx(expected)
 
@@ -333,7 +370,9 @@ def test_sums_stay_sound(devices: list[tuple[float, float, float]], seconds: flo
 
 @given(st.none() | positive, st.floats(0, 1e4), st.floats(1e-3, 0.1))
 def test_a_counters_interval_holds_it(joules: float | None, seconds: float, step: float) -> None:
-    p = _measured("d", joules, seconds, step, 0.05, "s")
+    counts = {} if joules is None else {"d": Count(joules, variance=joules, missing=joules)}
+    start, end = Snapshot(0.0, 0.0, 0.0, {"d": Count(0.0)}), Snapshot(seconds, 0.0, 0.0, counts)
+    p, _ = _measured(Device("d", "s", step, 0.05), start, end, seconds)
     if p.joules is None:
         assert p.low is None and p.high is None and p.pedigree is None
     else:

@@ -74,17 +74,17 @@ class Gpu:
         """Name used in a `Part`: "gpu0"."""
         return f"gpu{self.index}"
 
-    def watts(self) -> float | None:
-        """Power now, watts; ``None`` where the board does not say."""
+    def watts(self, quiet: bool = False) -> float | None:
+        """Power now, watts; ``None`` where the board does not say. quiet: make no note."""
         try:
             value = float(self._lib.nvmlDeviceGetPowerUsage(self._handle)) * _MILLI
         except Exception as e:
-            note(self.notes, f"GPU {self.index}: power cannot be read: {e}")
+            if not quiet:
+                note(self.notes, f"GPU {self.index}: power cannot be read: {e}")
             return None
-        if believable(value) is None:
+        if believable(value) is None and not quiet:
             note(self.notes, f"GPU {self.index}: no believable power: {value:g} W")
-            return None
-        return value
+        return believable(value)
 
     def read(self, now: float) -> Count | None:
         """Joules since this reader was made; ``None`` when they cannot be had now.
@@ -96,7 +96,7 @@ class Gpu:
                 raw = self._counter(quiet=False)
                 if raw is None:
                     return None
-                return replace(self._tally.add(raw, now), watts=self.watts())
+                return replace(self._tally.add(raw, now), watts=self.watts(quiet=True))
             watts = self.watts()
             if watts is None:
                 return None
