@@ -171,7 +171,7 @@ def measure_model(
 def measure(
     command: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="-- COMMAND...", help="The command and its own options."),
+        typer.Argument(metavar="COMMAND", help="The command with its own options, after --."),
     ] = None,
     repeat: Annotated[
         Optional[int],  # noqa: UP045
@@ -203,6 +203,14 @@ def measure(
         float,
         typer.Option(metavar="SECONDS", help="Measure the idle machine first: joules above idle."),
     ] = 0.0,
+    meter_at: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--meter",
+            metavar="WHERE",
+            help="A meter at the wall: file:PATH or command:PROGRAM that gives watts.",
+        ),
+    ] = None,
     json_: Annotated[
         bool, typer.Option("--json", help="Print JSON, one line, the last on standard output.")
     ] = False,
@@ -224,6 +232,7 @@ def measure(
     from joulesmith.energy import command as room
     from joulesmith.energy.carbon import grid as find_grid
     from joulesmith.energy.carbon import price as find_price
+    from joulesmith.energy.cpu_time import Descendants
     from joulesmith.energy.meter import EnergyMeter
 
     if not command:
@@ -241,9 +250,14 @@ def measure(
     rate = room.price_for(where) if price is None else find_price(price)
     if output is not None:
         check_output(output)
-    with _interruptible("nothing was measured"), EnergyMeter() as meter:
-        if idle:
+    with (
+        _interruptible("nothing was measured"),
+        EnergyMeter(Descendants(), external=meter_at) as meter,
+    ):
+        if idle and any(source.devices for source in meter.sources):
             meter.measure_idle(idle)
+        elif idle:
+            print("joulesmith: no counter here: idle watts are the model's", file=sys.stderr)
         rounds = room.measure_commands(commands, repeat, meter)
         found = room.report(rounds, meter, where, rate, pue)
     try:
@@ -267,6 +281,50 @@ def doctor(
         _print_json(findings)
     else:
         render(findings, _console())
+
+
+@app.command("calibrate-power")
+def calibrate_power(
+    idle: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="WATTS", help="Draw of the machine when nothing runs."),
+    ] = None,
+    max_: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--max", metavar="WATTS", help="Draw of the machine with all CPUs busy."),
+    ] = None,
+    log: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="FILE",
+            help="CSV of a wall meter: watts with load, or time,watts while this command steps "
+            "the load (about two minutes).",
+        ),
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Show what is stored.")] = False,
+    forget: Annotated[bool, typer.Option("--forget", help="Remove what is stored.")] = False,
+) -> None:
+    """Tell the power model this machine's watts, once: modelled joules come within about 15 %.
+
+    Watts are those of the whole machine at the wall, without GPUs.
+    """
+    from joulesmith.energy import calibrate_power as room
+
+    if show + forget + (log is not None) + (idle is not None or max_ is not None) != 1:
+        raise JoulesmithError("give --idle W --max W, or --log FILE, or --show, or --forget")
+    if forget:
+        print("Forgotten." if room.forget() else "Nothing was stored.")
+        return
+    if show:
+        found = room.load()
+        if found is None:
+            print("Nothing is stored: joulesmith calibrate-power --idle W --max W")
+            return
+    else:
+        with _interruptible("nothing was stored"):
+            found = room.calibrate(idle, max_, log, tell=lambda s: print(s, file=sys.stderr))
+    for name, text in found.rows():
+        print(f"{name:<14} {text}")
 
 
 @app.command()

@@ -90,7 +90,9 @@ class Measured:
             return None if found is None else found.median
 
         readings = [r.reading for r in self.runs]
-        devices = dict.fromkeys(p.device for r in readings for p in r.parts)
+        parts = [p for r in readings for p in r.parts]
+        devices = dict.fromkeys(p.device for p in parts)
+        machines = [r.machine for r in readings if r.machine is not None]
         return replace(
             first,
             joules=mid(lambda r: r.joules),
@@ -100,8 +102,14 @@ class Measured:
             seconds=median(r.seconds for r in readings),
             cpu_seconds=mid(lambda r: r.cpu_seconds),
             pedigree=worst(r.pedigree for r in readings),
-            parts=tuple(_typical_part(d, readings) for d in devices),
-            notes=_merged(readings),
+            parts=tuple(_typical_part([p for p in parts if p.device == d]) for d in devices),
+            machine=_typical_part(machines) if machines else None,
+            peak_memory_bytes=self.peak_memory_bytes,
+            device_memory_bytes=max(
+                (r.device_memory_bytes for r in readings if r.device_memory_bytes is not None),
+                default=None,
+            ),
+            notes=merged(n for r in readings for n in r.notes),
         )
 
 
@@ -152,6 +160,7 @@ def measure_commands(
 ) -> Rounds:
     """``repeat`` rounds of one or more (label, command), the order rotating.
 
+    meter: one that watches `Descendants`, lest its own CPU time and memory count.
     Standard input is rewound for every run where it can be.
     Raises `CommandNotRunError` as soon as one cannot be started, `KeyboardInterrupt`
     when Ctrl-C came before anything ran.
@@ -272,6 +281,11 @@ def price_for(grid: GridRow) -> PriceRow | None:
     return None
 
 
+def merged(notes: Iterable[str]) -> tuple[str, ...]:
+    """Each note once; of those that differ only by a number, the last."""
+    return tuple({re.sub(r"\d+", "#", note): note for note in notes}.values())
+
+
 def _plain(m: Measured, carbon: Amount, money: Amount) -> dict[str, Any]:
     typical = m.typical
 
@@ -338,14 +352,8 @@ def _summed_up(runs: list[Run], notes: Iterable[str]) -> tuple[Run, ...]:
     return (*runs[:-1], last)
 
 
-def _merged(readings: list[Reading]) -> tuple[str, ...]:
-    """Notes of all runs; those that differ by a number only once, as the last run has them."""
-    said = {re.sub(r"\d+", "#", note): note for r in readings for note in r.notes}
-    return tuple(said.values())
-
-
-def _typical_part(device: str, readings: list[Reading]) -> Part:
-    parts = [p for r in readings for p in r.parts if p.device == device]
+def _typical_part(parts: Sequence[Part]) -> Part:
+    """One device's medians over the runs that know it."""
 
     def mid(values: Iterable[float | None]) -> float | None:
         known = [v for v in values if v is not None]

@@ -95,6 +95,8 @@ def launch(command: Sequence[str], started: Callable[[int], object] = lambda pid
 def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
     name = command[0]
     try:
+        if not name:  # else every folder of the PATH is tried as a program
+            raise FileNotFoundError
         try:
             # Descriptors of the caller's redirections stay open; ours are not inheritable.
             return subprocess.Popen(list(command), close_fds=False)

@@ -25,6 +25,7 @@ class Resident:
         self._lock = threading.Lock()
         self._last: dict[int, tuple[int, int | None]] = {}
         self._held: int | None = None
+        self._looked = False
 
     def look(self, pids: Iterable[int]) -> tuple[int | None, int | None]:
         """Bytes held now, and the most held since the last look; ``None`` when unknown.
@@ -33,6 +34,7 @@ class Resident:
         """
         with self._lock:
             before, self._last = self._last, {}
+            looked, self._looked = self._looked, True
             held = peak = 0
             for pid in pids:
                 found = resident(pid)
@@ -40,8 +42,9 @@ class Resident:
                     continue
                 now, mark = self._last[pid] = found
                 held += now
-                peak += _since(before.get(pid), now, mark, new=bool(before))
+                peak += _since(before.get(pid), now, mark, new=looked)
             if not self._last:
+                self._held = None
                 return None, None
             most = max(peak, held, self._held or 0)
             self._held = held

@@ -65,7 +65,7 @@ class EnergyMeter:
                 ...
         w.reading.joules
 
-    pids: processes watched with their descendants; default this one.
+    pids: processes watched with their descendants, or a `ProcessTree`; default this one.
     rapl_root, supply_root: powercap and power_supply folders. nvml: an object like
     the ``pynvml`` module.
     cpu_model: default `CpuPower.detect`, built when first needed.
@@ -83,7 +83,7 @@ class EnergyMeter:
 
     def __init__(
         self,
-        pids: Iterable[int] | int | None = None,
+        pids: Iterable[int] | int | ProcessTree | None = None,
         *,
         rapl_root: Path | str | None = None,
         supply_root: Path | str | None = None,
@@ -120,7 +120,9 @@ class EnergyMeter:
         """What is read, failed and empty sources included."""
         self._notes: list[str] = []
         self._synchronize = _cuda if synchronize is None else synchronize
-        self._tree = ProcessTree([pids] if isinstance(pids, int) else pids)
+        if not isinstance(pids, ProcessTree):
+            pids = ProcessTree([pids] if isinstance(pids, int) else pids)
+        self._tree = pids
         self._resident = Resident()
         self._others = OthersLoad(self._model.cpus)
         self._given_idle = idle_watts

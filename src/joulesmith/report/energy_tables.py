@@ -20,17 +20,19 @@ _CLIP = 60
 
 def render_report(report: Report, console: Console) -> None:
     """Energy, power, time, memory, carbon, cost and the split by device of each command."""
-    notes: dict[str, None] = {}
+    from joulesmith.energy.command import merged
+
+    notes: list[str] = []
     for m, carbon, money in zip(report.measured, report.carbon, report.money, strict=True):
         typical = m.typical
         _render(m, typical, carbon, money, console)
-        notes |= dict.fromkeys((*typical.notes, *carbon.notes, *money.notes))
+        notes += [*typical.notes, *carbon.notes, *money.notes]
     if report.stopped:
-        notes["stopped by a signal: the figures are of the runs shown"] = None
+        notes.append("stopped by a signal: the figures are of the runs shown")
     if report.comparison is not None:
         _render_ratio(report, console)
     _line(console, f"joules here: {report.source}")
-    for note in notes:
+    for note in merged(notes):
         _line(console, f"note: {note}")
 
 
