@@ -189,7 +189,7 @@ def test_published_servers(
     wall = CpuPower.from_tdp(
         tdp, sockets=chips, vendor=vendor, cores_per_socket=cores, boundary="wall"
     )
-    package = CpuPower.from_tdp(tdp, sockets=chips, vendor=vendor, cores_per_socket=cores)
+    package = CpuPower.from_tdp(tdp, sockets=chips, boundary="package")
     assert wall.low < sum(watts) / sum(map(wall.watts, loads)) < wall.high
     assert package.idle_watts < wall.idle_watts and package.max_watts < wall.max_watts
 
@@ -204,6 +204,7 @@ def test_boundaries() -> None:
     assert plug.dram(5.0, 0, 1e12).joules == 0  # inside the processor's figure
     package = CpuPower.detect(50, 400, cpu=metal(), memory_bytes=2**30, boundary="package")
     assert package.curve == PACKAGE and package.dram_watts > 0
+    assert (package.low, package.high) == pytest.approx((0.7, 1.3))
     assert CpuPower.detect(50, 400, cpu=metal()).curve == WALL["intel"].curve
     assert CpuPower.detect(50, 400, cpu=guest()).curve == WALL["any"].curve
 

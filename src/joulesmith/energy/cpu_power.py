@@ -48,7 +48,8 @@ DRAM_JOULES_PER_BYTE = 160e-12
 _TRAFFIC_LOW, _TRAFFIC_HIGH = 0.35, 1.45
 _SIZE_EXPONENT = 0.55
 """Within a generation TDP grows with about the root of the cores (Xeon, EPYC lists)."""
-_ERROR_TDP, _ERROR_COARSE, _ERROR_GIVEN = 0.50, 0.70, 0.15
+_ERROR_TDP, _ERROR_COARSE, _ERROR_GIVEN, _ERROR_GIVEN_PACKAGE = 0.50, 0.70, 0.15, 0.30
+"""From ``benchmarks/power_model.py``. A package's curve hangs on how its load is made."""
 IDLE_ENV, MAX_ENV = "JOULESMITH_IDLE_WATTS", "JOULESMITH_MAX_WATTS"
 TDP_ENV = "JOULESMITH_TDP_WATTS"
 
@@ -210,7 +211,7 @@ class CpuPower:
         cores_per_socket: int | None = None,
         memory_bytes: int = 0,
     ) -> CpuPower:
-        """A machine of which idle and full-load watts are known, +-15 %.
+        """A machine of which idle and full-load watts are known: +-15 %, a package +-30 %.
 
         boundary: of the two numbers; at the wall they hold memory, else memory_bytes
         adds its draw. curve: default by vendor, kind and cores_per_socket at the wall
@@ -220,6 +221,7 @@ class CpuPower:
         if curve is None:
             wall = wall_class(vendor, kind, cores_per_socket)
             curve = PACKAGE if boundary == "package" else wall.curve
+        error = _ERROR_GIVEN if boundary == "wall" else _ERROR_GIVEN_PACKAGE
         return cls(
             name="machine",
             cpus=cpus,
@@ -227,8 +229,8 @@ class CpuPower:
             max_watts=max_watts,
             dram_watts=_dram_watts(boundary, memory_bytes),
             exponent=curve.exponent,
-            low=1 - _ERROR_GIVEN,
-            high=1 + _ERROR_GIVEN,
+            low=1 - error,
+            high=1 + error,
             source=f"idle {idle_watts:g} W and maximum {max_watts:g} W as given, by CPU time",
             jump=curve.jump,
             bend=curve.bend,
@@ -240,9 +242,9 @@ class CpuPower:
         cls,
         tdp_watts: float,
         *,
+        boundary: Boundary,
         sockets: float = 1,
         cpus: int = 1,
-        boundary: Boundary = "package",
         vendor: str = "",
         kind: str = "server",
         cores_per_socket: int | None = None,
@@ -250,9 +252,10 @@ class CpuPower:
     ) -> CpuPower:
         """A machine of which only the TDP of a socket is known, +-50 %.
 
-        sockets: number, or a share of one. boundary: what to estimate: the processor
-        packages (memory_bytes adds memory's draw) or the whole machine at the wall
-        (memory is in it). vendor, kind, cores_per_socket: see `power_curve.wall_class`.
+        boundary: what to estimate: "package", the processors as RAPL counts them
+        (memory_bytes adds memory's draw), or "wall", the whole machine (memory is in
+        it). sockets: number, or a share of one. vendor, kind, cores_per_socket: see
+        `power_curve.wall_class`.
         Raises `JoulesmithError` when the watts are no number of watts.
         """
         if not (math.isfinite(tdp_watts) and tdp_watts >= 0):
