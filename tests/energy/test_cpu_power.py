@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from joulesmith.energy import calibrate_power
+from joulesmith.energy import calibrate_power, cpus
 from joulesmith.energy.cpu_power import (
     DRAM_JOULES_PER_BYTE,
     DRAM_WATTS_PER_GIB,
     CpuPower,
 )
-from joulesmith.energy.cpus import Cpu, _table, fall_back, identify, look_up
+from joulesmith.energy.cpus import Cpu, _products, _table, fall_back, identify, look_up
 from joulesmith.energy.power_curve import PACKAGE, WALL, Curve, package_ends, wall_class
 from joulesmith.errors import JoulesmithError
 
@@ -32,7 +35,7 @@ def guest(cpus: int = 2, threads: int = 1) -> Cpu:
 
 
 def metal(cores: int = 28, sockets: int = 2) -> Cpu:
-    name = "Intel(R) Xeon(R) Platinum 8180 CPU @ 2.50GHz"
+    name = "Intel(R) Xeon(R) Processor @ 2.50GHz"
     return Cpu("GenuineIntel", 6, 85, name, cores * sockets * 2, sockets, cores * sockets, 2, False)
 
 
@@ -289,7 +292,9 @@ def test_reads_x86_cpuinfo() -> None:
     assert (c.sockets, c.cores, c.threads_per_core, c.virtual) == (1, 1, 2, True)
     assert not identify(X86.format(flag=""), "").virtual
     row = look_up(c)
-    assert row is not None and "Milan" in row.name
+    assert row is not None and row.name == "EPYC 7763" and row.exact
+    row = look_up(replace(c, name="AMD EPYC Processor"))
+    assert row is not None and "Milan" in row.name and not row.exact
 
 
 def test_reads_arm_cpuinfo_and_tells_makers_apart() -> None:
@@ -323,3 +328,99 @@ def test_every_row_of_the_table_is_usable() -> None:
         assert r["kind"] in ("server", "desktop", "laptop", "board")
         watts = float(r["tdp_w"]) / int(r["cores"])
         assert 0.5 < watts < 25, r
+
+
+def test_every_product_is_usable() -> None:
+    rows = _products()
+    assert len(rows) > 300 and len({r["product"].lower() for r in rows}) == len(rows)
+    for r in rows:
+        assert r["kind"] in ("server", "desktop") and r["threads_per_core"] in ("1", "2")
+        assert 2 < float(r["tdp_w"]) / int(r["cores"]) < 25, r
+        cpu = Cpu(r["vendor"], None, None, f"CPU {r['product']} @ 2 GHz", 2, 1, 2, 1, False)
+        found = look_up(cpu)
+        assert found is not None and found.tdp == float(r["tdp_w"])
+
+
+@pytest.mark.parametrize(
+    ("name", "tdp"),
+    [
+        ("Intel(R) Xeon(R) CPU E5-2620 v3 @ 2.40GHz", 85),
+        ("Intel(R) Xeon(R) CPU E5-2620 0 @ 2.00GHz", 95),
+        ("Intel(R) Xeon(R) CPU E3-1240 V2 @ 3.40GHz", 69),
+        ("Intel(R) Xeon(R) Gold 6230 CPU @ 2.10GHz", 125),
+        ("Intel(R) Core(TM) i7-8700K CPU @ 3.70GHz", 95),
+        ("INTEL(R) XEON(R) PLATINUM 8592+", 350),
+    ],
+)
+def test_products_by_their_names(name: str, tdp: float) -> None:
+    row = look_up(Cpu("GenuineIntel", 6, 85, name, 8, 1, 4, 2, False))
+    assert row is not None and row.exact and row.tdp == tdp
+
+
+@pytest.mark.parametrize("name", ["Xeon(R) Gold 6230R CPU", "Xeon E5-2620 v9", "Platinum 8592"])
+def test_a_like_name_is_not_the_product(name: str) -> None:
+    row = look_up(Cpu("GenuineIntel", 6, 85, name, 8, 1, 4, 2, False))
+    assert row is not None and not row.exact
+
+
+def test_an_exact_product_is_not_scaled_by_its_cores() -> None:
+    siena = Cpu("AuthenticAMD", 25, 160, "AMD EPYC 8024P 8-Core Processor", 16, 1, 8, 2, False)
+    m = CpuPower.detect(cpu=siena, memory_bytes=0)
+    assert m.max_watts == pytest.approx(MAX_FRACTION * 90) and "TDP 90 W" in m.source
+
+
+def sysctl(text: str, monkeypatch: pytest.MonkeyPatch) -> Cpu:
+    def run(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess([], 1, stdout=text)
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(cpus, "_read", lambda _: "")
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(cpus.os, "cpu_count", lambda: 12)
+    return identify()
+
+
+def test_a_mac_by_sysctl(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = sysctl("machdep.cpu.brand_string: Apple M3 Pro\nhw.physicalcpu: 12\n", monkeypatch)
+    assert (c.vendor, c.cpus, c.cores, c.threads_per_core) == ("Apple", 12, 12, 1)
+    row = look_up(c)
+    assert row is not None and "M3 Pro" in row.name
+    row = look_up(replace(c, name="Apple M9"))
+    assert row is not None and row.name == "Apple silicon" and row.coarse
+
+
+def test_an_intel_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "machdep.cpu.brand_string: Intel(R) Core(TM) i7-9750H CPU @ 2.60GHz\n"
+        "machdep.cpu.vendor: GenuineIntel\nmachdep.cpu.family: 6\nmachdep.cpu.model: 158\n"
+        "hw.physicalcpu: 6\nhw.packages: 1\n"
+    )
+    c = sysctl(text, monkeypatch)
+    assert (c.family, c.model, c.cores, c.threads_per_core) == (6, 158, 6, 2)
+    row = look_up(c)
+    assert row is not None and row.tdp == 45
+
+
+@pytest.mark.parametrize("text", ["", "garbage", "hw.physicalcpu: many\nhw.packages: 0\n"])
+def test_a_mac_that_says_nothing(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    m = CpuPower.detect(cpu=sysctl(text, monkeypatch), memory_bytes=0)
+    assert m.cpus == 12 and m.max_watts > 0
+
+
+def test_windows_names_family_and_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    import platform
+
+    name = "Intel64 Family 6 Model 158 Stepping 10, GenuineIntel"
+    monkeypatch.setattr(platform, "processor", lambda: name)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(cpus, "_read", lambda _: "")
+    c = identify()
+    assert (c.vendor, c.family, c.model) == ("GenuineIntel", 6, 158)
+    assert look_up(c) is not None
+
+
+def test_a_desktop_may_draw_more_than_its_tdp() -> None:
+    m = CpuPower.from_tdp(125, boundary="package", kind="desktop")
+    # Core i9-12900K: TDP 125 W, turbo limit 241 W without a time (Intel ARK).
+    assert m.max_watts * m.low < 125 < 241 < m.max_watts * m.high * 1.1
+    assert m.max_watts * m.high == pytest.approx(0.9 * 125 * 2)

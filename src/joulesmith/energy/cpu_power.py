@@ -49,7 +49,9 @@ _TRAFFIC_LOW, _TRAFFIC_HIGH = 0.35, 1.45
 _SIZE_EXPONENT = 0.55
 """Within a generation TDP grows with about the root of the cores (Xeon, EPYC lists)."""
 _ERROR_TDP, _ERROR_COARSE, _ERROR_GIVEN, _ERROR_GIVEN_PACKAGE = 0.50, 0.70, 0.15, 0.30
-"""From ``benchmarks/power_model.py``. A package's curve hangs on how its load is made."""
+"""From ``benchmarks/power_model.py``; coarse rows by guess. A package's curve hangs on how its load is made."""
+_HIGH_DESKTOP = 2.0
+"""Boards let desktop processors draw up to about twice their TDP for as long as they cool."""
 IDLE_ENV, MAX_ENV = "JOULESMITH_IDLE_WATTS", "JOULESMITH_MAX_WATTS"
 TDP_ENV = "JOULESMITH_TDP_WATTS"
 
@@ -159,8 +161,8 @@ class CpuPower:
             notes.append(f"only one of {IDLE_ENV} and {MAX_ENV} is known; the other is estimated")
             boundary = boundary or "wall"
         if tdp is not None:
-            row = replace(row, tdp=tdp, coarse=False, source="as given")
-        share, watts, ambiguous, more = _slice(cpu, row, scale=tdp is None)
+            row = replace(row, tdp=tdp, coarse=False, exact=True, source="as given")
+        share, watts, ambiguous, more = _slice(cpu, row)
         model = cls.from_tdp(
             watts,
             sockets=share,
@@ -172,7 +174,7 @@ class CpuPower:
             memory_bytes=size,
         )
         error = _ERROR_COARSE if row.coarse else _ERROR_TDP
-        high = math.log(1 + error)
+        high = math.log(max(1 + error, model.high))
         if ambiguous:
             # Independent errors: factors combine as their logarithms, in quadrature.
             high = math.hypot(high, math.log(2.0))
@@ -263,6 +265,7 @@ class CpuPower:
         wall = wall_class(vendor, kind, cores_per_socket)
         idle, top = (wall.idle, wall.max) if boundary == "wall" else package_ends(kind)
         curve = wall.curve if boundary == "wall" else PACKAGE
+        above = kind == "desktop" and boundary == "package"
         return cls(
             name="processor",
             cpus=cpus,
@@ -271,7 +274,7 @@ class CpuPower:
             dram_watts=_dram_watts(boundary, memory_bytes),
             exponent=curve.exponent,
             low=1 - _ERROR_TDP,
-            high=1 + _ERROR_TDP,
+            high=_HIGH_DESKTOP if above else 1 + _ERROR_TDP,
             source=f"TDP {tdp_watts:g} W a socket, by CPU time",
             jump=curve.jump,
             bend=curve.bend,
@@ -354,16 +357,13 @@ def _dram_watts(boundary: Boundary, memory_bytes: int) -> float:
     return DRAM_WATTS_PER_GIB * memory_bytes / 2**30 if boundary == "package" else 0.0
 
 
-def _slice(cpu: Cpu, row: CpuRow, scale: bool) -> tuple[float, float, bool, list[str]]:
-    """Sockets' share, TDP of a socket, whether a CPU may be a whole core, notes.
-
-    scale: whether the row holds the top product of its line, not this very one.
-    """
+def _slice(cpu: Cpu, row: CpuRow) -> tuple[float, float, bool, list[str]]:
+    """Sockets' share, TDP of a socket, whether a CPU may be a whole core, notes."""
     notes = [f"{row.name} is a coarse row: {row.source}"] if row.coarse else []
     if not cpu.virtual:
-        # The cores here tell how far below the top product this one is.
+        # The table holds the top product; the cores here tell how far below it this one is.
         real = max(1, cpu.cores // cpu.sockets)
-        scale = scale and row.kind == "server"
+        scale = row.kind == "server" and not row.exact
         tdp = row.tdp * (real / row.cores) ** _SIZE_EXPONENT if scale else row.tdp
         return float(cpu.sockets), tdp, False, notes
     ambiguous = row.threads_per_core > 1 and cpu.threads_per_core == 1
