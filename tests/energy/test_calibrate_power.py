@@ -162,8 +162,11 @@ def test_a_log_with_times_is_matched_to_the_steps(
 def test_a_log_that_misses_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "meter.csv"
     log.write_text("2001-01-01T00:00:00,50\n")
-    monkeypatch.setattr(wall_log, "step_load", lambda *_: [wall_log.Step(1, 2, 0.5)])
+    monkeypatch.setattr(wall_log, "step_load", lambda *_: [wall_log.Step(1, 2, 0.05)])
     with pytest.raises(JoulesmithError, match="falls into the time"):
+        calibrate_power.calibrate(log=log, cpu=CPU)
+    monkeypatch.setattr(wall_log, "step_load", lambda *_: [wall_log.Step(1, 2, 0.5)])
+    with pytest.raises(JoulesmithError, match="50% busy before"):
         calibrate_power.calibrate(log=log, cpu=CPU)
     with pytest.raises(JoulesmithError, match="seconds of a step"):
         calibrate_power.calibrate(log=log, cpu=CPU, step_seconds=0)

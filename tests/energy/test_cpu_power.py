@@ -422,5 +422,4 @@ def test_windows_names_family_and_model(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_desktop_may_draw_more_than_its_tdp() -> None:
     m = CpuPower.from_tdp(125, boundary="package", kind="desktop")
     # Core i9-12900K: TDP 125 W, turbo limit 241 W without a time (Intel ARK).
-    assert m.max_watts * m.low < 125 < 241 < m.max_watts * m.high * 1.1
-    assert m.max_watts * m.high == pytest.approx(0.9 * 125 * 2)
+    assert m.max_watts * m.low < 125 < 241 < m.max_watts * m.high

@@ -7,18 +7,19 @@ by `CpuPower.detect` from then on. Knows files and identity; knows no power mode
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from joulesmith.energy.cpus import Cpu, identify
 from joulesmith.energy.power_curve import Curve
 from joulesmith.errors import JoulesmithError
+
+if TYPE_CHECKING:
+    from joulesmith.energy.wall_log import Sample
 
 MOST_WATTS = 50_000.0
 """No single machine without its GPUs draws more: the number is a slip."""
@@ -113,7 +114,8 @@ def calibrate(
             raise JoulesmithError("give --idle and --max, or --log, not both")
         from joulesmith.energy import wall_log
 
-        found = wall_log.ends(_samples(log, step_seconds, tell, cpu.cpus))
+        samples, quiet = _samples(log, step_seconds, tell, cpu.cpus)
+        found = wall_log.ends(samples, quiet)
         idle, max, curve = round(found.idle_watts, 3), round(found.max_watts, 3), found.curve
         how = f"from a wall meter's log of {found.samples} samples"
     elif idle is None or max is None:
@@ -143,6 +145,8 @@ def load() -> Calibration | None:
     except (OSError, UnicodeDecodeError) as e:
         why = getattr(e, "strerror", None) or "not a text file"
         raise JoulesmithError(f"cannot read the calibration: {file}: {why}: {_AGAIN}") from None
+    import json
+
     try:
         return _parse(json.loads(text), file)
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -182,6 +186,8 @@ def recall(cpu: Cpu) -> tuple[Calibration | None, str]:
 
 def machine(cpu: Cpu) -> Machine:
     """The identity of this machine, with the processor as found."""
+    import hashlib
+
     found = None
     for name in _IDS:
         try:
@@ -208,26 +214,29 @@ def difference(stored: Machine, here: Machine) -> str:
 
 def _samples(
     log: Path | str, seconds: float, tell: Callable[[str], None] | None, cpus: int
-) -> list[Any]:
+) -> tuple[list[Sample], float]:
+    """Samples with loads, and the load up to which they count as idle."""
     from joulesmith.energy import wall_log
     from joulesmith.energy.cpu_time import machine_busy
 
-    def read() -> list[wall_log.Sample]:
-        return wall_log.read(log)
-
-    samples = read()
+    samples = wall_log.read(log)
     if any(s.load is not None for s in samples):
-        return list(samples)
+        return samples, wall_log.IDLE_LOAD
     if not (math.isfinite(seconds) and seconds > 0):
         raise JoulesmithError(f"seconds of a step must be above 0, got {seconds:g}")
     steps = wall_log.step_load(seconds, cpus, machine_busy, tell)
-    taken = wall_log.at_loads(read(), steps)
+    if steps[0].load > wall_log.QUIET_LOAD:
+        raise JoulesmithError(
+            f"this machine was {steps[0].load:.0%} busy before any load was started: stop other "
+            "programs and run it again"
+        )
+    taken = wall_log.at_loads(wall_log.read(log), steps)
     if not taken:
         raise JoulesmithError(
             f"no sample of the log falls into the time of the steps: {log}: the meter must write "
             "to it meanwhile, with times as seconds since 1970 or ISO dates"
         )
-    return list(taken)
+    return taken, wall_log.QUIET_LOAD
 
 
 def _check(idle: float, top: float) -> None:
@@ -244,6 +253,8 @@ def _check(idle: float, top: float) -> None:
 
 
 def _store(c: Calibration) -> None:
+    import json
+
     from joulesmith.atomic import atomic_path
 
     content = {"version": _VERSION, **asdict(c)}

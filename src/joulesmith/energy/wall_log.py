@@ -23,8 +23,10 @@ from pathlib import Path
 from joulesmith.energy.power_curve import WAKE_LOAD, Curve
 from joulesmith.errors import JoulesmithError
 
-IDLE_LOAD, FULL_LOAD = 0.03, 0.97
+IDLE_LOAD, FULL_LOAD = 0.03, 0.95
 """A sample counts as idle up to the one and as full load from the other."""
+QUIET_LOAD = 0.1
+"""Where nothing was started for the step, what else runs there is part of idle."""
 _LEAST = 3
 """Samples that an end needs."""
 _SETTLE = 0.4
@@ -198,16 +200,18 @@ def at_loads(samples: Iterable[Sample], steps: Iterable[Step]) -> list[Sample]:
     ]
 
 
-def ends(samples: Iterable[Sample]) -> Ends:
+def ends(samples: Iterable[Sample], idle_load: float = IDLE_LOAD) -> Ends:
     """Idle and full-load watts (medians), and the curve between where there are loads for it.
+
+    idle_load: up to which a sample counts as idle.
 
     Raises `JoulesmithError` where either end has too few samples.
     """
     points = [(s.load, s.watts) for s in samples if s.load is not None]
-    low = [w for x, w in points if x <= IDLE_LOAD]
+    low = [w for x, w in points if x <= idle_load]
     high = [w for x, w in points if x >= FULL_LOAD]
     for name, found, where in (
-        ("idle", low, f"at most {IDLE_LOAD:.0%}"),
+        ("idle", low, f"at most {idle_load:.0%}"),
         ("full load", high, f"at least {FULL_LOAD:.0%}"),
     ):
         if len(found) < _LEAST:
@@ -220,7 +224,7 @@ def ends(samples: Iterable[Sample]) -> Ends:
         raise JoulesmithError(
             f"the log has {idle:g} W idle and {top:g} W at full load: is it of this machine?"
         )
-    middle = [(x, (w - idle) / (top - idle)) for x, w in points if IDLE_LOAD < x < FULL_LOAD]
+    middle = [(x, (w - idle) / (top - idle)) for x, w in points if idle_load < x < FULL_LOAD]
     several = len({round(x * 10) for x, _ in middle}) >= _LEAST
     return Ends(idle, top, fit_curve(middle) if several else None, len(points))
 
