@@ -378,3 +378,116 @@ def test_a_counters_interval_holds_it(joules: float | None, seconds: float, step
     else:
         assert p.low is not None and p.high is not None
         assert 0 <= p.low <= p.joules <= p.high
+
+
+def test_given_idle_power_gives_the_marginal(tmp_path: Path, now: list[float]) -> None:
+    f = rapl(tmp_path)
+    m = EnergyMeter(rapl_root=tmp_path, nvml=FakeNvml(), cpu_model=MODEL, idle_watts=5.0)
+    assert m.idle_watts == 5.0
+    with m.window("w") as w:
+        now[0] = 2.0
+        f["package"].write_text("26000000")
+        f["dram"].write_text("5000000")
+    assert (w.reading.joules, w.reading.marginal) == pytest.approx((35.0, 25.0))
+    with m.window("w") as w:
+        now[0] = 4.0
+        f["package"].write_text("27000000")
+        f["dram"].write_text("6000000")
+    assert w.reading.marginal == 0.0
+    with pytest.raises(JoulesmithError, match="idle watts"):
+        modelled(tmp_path, idle_watts=-1.0)
+
+
+def wall(path: Path, watts: object) -> None:
+    path.write_text(f"{watts}\n")
+
+
+def test_an_external_meter_gives_the_joules(
+    tmp_path: Path, now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    f = tmp_path / "watts"
+    wall(f, 80)
+    monkeypatch.setenv("JOULESMITH_METER", f"file:{f}")
+    m = modelled(tmp_path)
+    monkeypatch.setattr(meter_module.time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
+    m.measure_idle(2.0)
+    assert m.idle_watts == pytest.approx(80, rel=0.01)
+    wall(f, 80)
+    with m.window("w") as w:
+        now[:] = [now[0] + 4.0, 8.0, 8.0]
+        wall(f, 120)
+    r = w.reading
+    assert r.joules == pytest.approx(400, rel=0.01) and r.pedigree == "measured"
+    assert r.marginal == pytest.approx(80, rel=0.05)
+    assert r.machine is not None and r.machine.joules == r.joules
+    assert [p.device for p in r.parts] == ["cpu", "dram"]
+    assert any("whole machine's" in n for n in r.notes) and "external meter" in m.source
+    # Half of 40 W over 4 s was never seen, so it is inside the interval.
+    assert (r.high or 0) - r.joules >= 80
+    sound(r)
+    with m.window("w") as w:
+        now[0] += 60.0
+    r = w.reading
+    assert r.machine is None and r.pedigree == "modelled"
+    assert any("gave nothing" in n for n in r.notes)
+
+
+def test_a_battery_stays_beside_the_sum(tmp_path: Path, now: list[float]) -> None:
+    b = tmp_path / "supply" / "BAT0"
+    b.mkdir(parents=True)
+    for name, text in {"type": "Battery", "status": "Discharging", "power_now": "20000000"}.items():
+        (b / name).write_text(text)
+    f = rapl(tmp_path)
+    m = EnergyMeter(
+        rapl_root=tmp_path, supply_root=b.parent, nvml=FakeNvml(), cpu_model=MODEL, interval=60
+    )
+    with m.window("w") as w:
+        now[0] = 9.0
+        f["package"].write_text("26000000")
+        f["dram"].write_text("5000000")
+    r = w.reading
+    assert r.joules == pytest.approx(35.0)
+    assert r.machine is not None and r.machine.device == "battery"
+    assert r.machine.joules == pytest.approx(180.0) and r.machine.pedigree == "measured"
+    with m.window("w") as w:
+        now[0] = 18.0
+        (b / "status").write_text("Charging")
+        m.total  # noqa: B018 - it is seen on mains
+        (b / "status").write_text("Discharging")
+        now[0] = 27.0
+    assert w.reading.machine is None
+    assert any("battery: counting was interrupted" in n for n in w.reading.notes)
+
+
+def test_device_memory(tmp_path: Path, now: list[float]) -> None:
+    b = FakeBoard(energy=1_000, power=200_000, used=3_000)
+    m = EnergyMeter(rapl_root=tmp_path, nvml=FakeNvml(b), cpu_model=MODEL)
+    with m.window("w") as w:
+        b.used = 9_000
+        with m.window("inner"):
+            pass
+        b.used = 4_000
+    assert w.reading.device_memory_bytes == 9_000
+    assert any("does not say how much is ours" in n for n in w.reading.notes)
+    b.used = RuntimeError("no permission")
+    with m.window("w") as w:
+        pass
+    assert w.reading.device_memory_bytes is None
+    assert modelled(tmp_path).total.device_memory_bytes is None
+
+
+def test_the_sampler_slows_down_where_looking_is_dear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    class Stop:
+        def wait(self, seconds: float) -> bool:
+            waits.append(seconds)
+            return len(waits) > 3
+
+    clock = iter([0.0, 0.0001, 1.0, 1.02, 2.0, 99.0])
+    m = modelled(tmp_path)
+    monkeypatch.setattr(meter_module.time, "thread_time", lambda: next(clock))
+    m._sample(Stop())  # type: ignore[arg-type]
+    assert waits == pytest.approx([0.1, 0.1, 0.02 / 0.004, 5.0])

@@ -10,6 +10,7 @@ A value that is stale, negative or no number is a note and no sample.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -48,11 +49,9 @@ def parse(line: str) -> float:
     elif text.startswith("{"):
         try:
             found = json.loads(text)["watts"]
-        except (ValueError, KeyError, TypeError):
+            watts = float(found) if type(found) in (int, float) else math.nan
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise ValueError(f'no {{"watts": number}}: {text[:60]!r}') from None
-        if isinstance(found, bool) or not isinstance(found, (int, float)):
-            raise ValueError(f'"watts" is no number: {text[:60]!r}')
-        watts = float(found)
     else:
         raise ValueError(f"no number of watts: {text[:60]!r}")
     if watts < 0:

@@ -158,6 +158,7 @@ class Rapl:
             time.perf_counter(),
             limit=_LIMIT_WATTS,
             turn=None if limit is None else limit * _MICRO,
+            rests=within is not None,
             notes=self.notes,
         )
         return zone

@@ -22,6 +22,8 @@ from typing import Any, Protocol, TypeVar
 _T = TypeVar("_T")
 _SLACK = 50.0
 """Joules that a counter may move at once however short the time: it moves in steps."""
+_STILL_SECONDS = 1.0
+"""What is switched on draws something, and every counter refreshes more often than this."""
 _TURN_WATTS = 500.0
 """Power at which a counter not looked at for long is taken to have turned over unseen."""
 
@@ -105,6 +107,7 @@ class Tally:
     name: for notes. raw, now: the counter in joules, the clock in seconds.
     limit: most watts believed; a faster move is no energy. turn: joules of a full
     turn of a counter that wraps, ``None`` where a smaller value is a restart.
+    rests: it may draw nothing at all, so that standing still is no fault.
     """
 
     def __init__(
@@ -115,11 +118,13 @@ class Tally:
         *,
         limit: float,
         turn: float | None = None,
+        rests: bool = False,
         notes: list[str],
     ) -> None:
         self._name, self._raw, self._now = name, raw, now
         self._limit, self._turn, self._notes = limit, turn, notes
-        self._joules = self._missing = self._top = 0.0
+        self._rests = rests
+        self._joules = self._missing = self._top = self._still = 0.0
 
     def add(self, raw: float, now: float) -> Count:
         """The count after one more value of the counter."""
@@ -148,6 +153,11 @@ class Tally:
                 f"{self._name}: not read for {dt:.0f} s, so a turn of the counter may be missing",
             )
             self._missing += self._turn
+        self._still = self._still + dt if raw == self._raw and not self._rests else 0.0
+        if self._still > _STILL_SECONDS:
+            note(self._notes, f"{self._name}: the counter stood still; some joules may be lost")
+            self._missing += self._plausible(self._still)
+            self._still = 0.0
         if dt > 0.02:
             self._top = max(self._top, step / dt)
         self._raw, self._now = raw, max(now, self._now)
