@@ -134,6 +134,20 @@ def test_bad_watts_are_one_line(monkeypatch: pytest.MonkeyPatch, text: str) -> N
         CpuPower.detect(cpu=guest())
 
 
+def test_no_silent_zero() -> None:
+    for kw in ({"idle_watts": 0, "max_watts": 0}, {"tdp_watts": 0}, {"tdp_watts": -5}):
+        with pytest.raises(JoulesmithError, match="watts"):
+            CpuPower.detect(cpu=metal(), **kw)
+    with pytest.raises(JoulesmithError, match="TDP"):
+        CpuPower.from_tdp(math.nan, boundary="wall")
+
+
+def test_one_end_given_is_of_the_wall_and_told() -> None:
+    m = CpuPower.detect(idle_watts=60, cpu=metal(), memory_bytes=2**40)
+    assert m.boundary == "wall" and m.dram_watts == 0 and "idle 60 W as given" in m.source
+    assert m.max_watts == pytest.approx(WALL["intel"].max * 410) and m.notes
+
+
 def test_idle_above_max_is_refused() -> None:
     with pytest.raises(JoulesmithError, match="between 0 and max"):
         CpuPower.detect(50, 10, cpu=guest())

@@ -95,10 +95,11 @@ class CpuPower:
     boundary: Boundary = "package"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.idle_watts <= self.max_watts < math.inf:
+        # A maximum of 0 W would print joules of 0 for work that was done.
+        if not (0 <= self.idle_watts <= self.max_watts < math.inf and self.max_watts > 0):
             raise JoulesmithError(
-                f"idle watts must lie between 0 and max watts: {self.idle_watts:g} and "
-                f"{self.max_watts:g} W"
+                "idle watts must lie between 0 and max watts, max above 0: "
+                f"{self.idle_watts:g} and {self.max_watts:g} W"
             )
         if not (0 < self.low <= 1 <= self.high and self.cpus > 0 and self.dram_watts >= 0):
             raise JoulesmithError("CPU power model: cpus, memory or interval out of range")
@@ -134,20 +135,6 @@ class CpuPower:
         tdp = _given(tdp_watts, TDP_ENV)
         cpu = cpu or identify()
         size = _memory() if memory_bytes is None else memory_bytes
-        notes: list[str] = []
-        if idle is None and top is None and boundary != "package":
-            from joulesmith.energy import calibrate_power
-
-            stored, why = calibrate_power.recall(cpu)
-            notes += [why] if why else []
-            if stored is not None:
-                known = cls.from_ends(
-                    stored.idle_watts,
-                    stored.max_watts,
-                    cpus=cpu.cpus,
-                    curve=stored.curve or _ends_curve(cpu, look_up(cpu) or fall_back(cpu)),
-                )
-                return replace(known, name=cpu.name, source=stored.source, notes=tuple(notes))
         row = look_up(cpu) or fall_back(cpu)
         if idle is not None and top is not None:
             known = cls.from_ends(
@@ -158,22 +145,48 @@ class CpuPower:
                 curve=PACKAGE if boundary == "package" else _ends_curve(cpu, row),
                 memory_bytes=size,
             )
-            return replace(known, name=cpu.name, notes=tuple(notes))
-        if idle is not None or top is not None:
-            notes.append(f"only one of {IDLE_ENV} and {MAX_ENV} is known; the other is estimated")
-            boundary = boundary or "wall"
+            return replace(known, name=cpu.name)
         if tdp is not None:
             row = replace(row, tdp=tdp, coarse=False, exact=True, source="as given")
-        share, watts, ambiguous, more = _slice(cpu, row)
+        if idle is not None or top is not None:
+            return cls._estimate(cpu, row, boundary or "wall", size, idle, top)
+        why = ""
+        if boundary != "package":
+            from joulesmith.energy import calibrate_power
+
+            stored, why = calibrate_power.recall(cpu)
+            if stored is not None:
+                known = cls.from_ends(
+                    stored.idle_watts,
+                    stored.max_watts,
+                    cpus=cpu.cpus,
+                    curve=stored.curve or _ends_curve(cpu, row),
+                )
+                return replace(known, name=cpu.name, source=stored.source)
+        model = cls._estimate(cpu, row, boundary or "package", size)
+        return replace(model, notes=(why, *model.notes)) if why else model
+
+    @classmethod
+    def _estimate(
+        cls,
+        cpu: Cpu,
+        row: CpuRow,
+        boundary: Boundary,
+        memory_bytes: int,
+        idle: float | None = None,
+        top: float | None = None,
+    ) -> CpuPower:
+        """From the TDP, and one of the two ends where it is known."""
+        share, tdp, ambiguous, notes = _slice(cpu, row)
         model = cls.from_tdp(
-            watts,
+            tdp,
             sockets=share,
             cpus=cpu.cpus,
             vendor=cpu.vendor,
             kind=row.kind,
             cores_per_socket=row.cores if cpu.virtual else max(1, cpu.cores // cpu.sockets),
-            boundary=boundary or "package",
-            memory_bytes=size,
+            boundary=boundary,
+            memory_bytes=memory_bytes,
         )
         error = _ERROR_COARSE if row.coarse else _ERROR_TDP
         high = math.log(max(1 + error, model.high))
@@ -184,8 +197,15 @@ class CpuPower:
         low_w = min(model.idle_watts, top or math.inf) if idle is None else idle
         top_w = max(low_w, model.max_watts) if top is None else top
         line = LINE if cpu.virtual and share <= 1.0 else model.curve
-        where = f"{cpu.cpus} CPUs of a virtual machine" if cpu.virtual else f"{cpu.sockets} socket"
-        what = "at the wall" if model.boundary == "wall" else "processor packages only"
+        said = [
+            f"{row.name}, TDP {tdp:.0f} W a socket ({row.source})",
+            f"{cpu.cpus} CPUs of a virtual machine" if cpu.virtual else f"{cpu.sockets} socket",
+            "at the wall" if boundary == "wall" else "processor packages only",
+        ]
+        if idle is not None or top is not None:
+            which, watts = ("idle", idle) if idle is not None else ("maximum", top)
+            said.append(f"{which} {watts:g} W as given")
+            notes.append(f"only one of {IDLE_ENV} and {MAX_ENV} is known; the other is estimated")
         return replace(
             model,
             name=row.name,
@@ -196,9 +216,8 @@ class CpuPower:
             bend=line.bend,
             low=1 - error,
             high=math.exp(high),
-            source=f"{row.name}, TDP {watts:.0f} W a socket ({row.source}), {where}, {what}, "
-            "by CPU time",
-            notes=(*notes, *more),
+            source=", ".join([*said, "by CPU time"]),
+            notes=tuple(notes),
         )
 
     @classmethod
@@ -262,8 +281,8 @@ class CpuPower:
         `power_curve.wall_class`.
         Raises `JoulesmithError` when the watts are no number of watts.
         """
-        if not (math.isfinite(tdp_watts) and tdp_watts >= 0):
-            raise JoulesmithError(f"TDP must be a number of watts, 0 or more: {tdp_watts}")
+        if not (math.isfinite(tdp_watts) and tdp_watts > 0):
+            raise JoulesmithError(f"TDP must be a number of watts above 0: {tdp_watts:g}")
         wall = wall_class(vendor, kind, cores_per_socket)
         idle, top = (wall.idle, wall.max) if boundary == "wall" else package_ends(kind)
         curve = wall.curve if boundary == "wall" else PACKAGE
