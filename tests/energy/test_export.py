@@ -26,6 +26,7 @@ PARTS = (
     Part("package-0", 3.6e5, 3e5, 4e5, "measured", "RAPL"),
     Part("package-1", 3.6e5, 3e5, 4e5, "measured", "RAPL"),
     Part("dram-0", 3.6e4, 3e4, 4e4, "measured", "RAPL"),
+    Part("core-0", 1.8e5, 1e5, 2e5, "measured", "RAPL", within="package-0"),
     Part("gpu0", None, None, None, None, "NVML"),
 )
 READING = Reading(7.56e5, 100.0, 6e5, 9e5, "measured", None, 5.0, PARTS, ('a, "b"\nc',))

@@ -54,11 +54,12 @@ def one(text: str, name: str, **labels: str) -> float | None:
 
 def test_counters_of_a_meter() -> None:
     part = Part("cpu", 10.0, 5.0, 15.0, "modelled", "x")
+    core = Part("core", 9.0, 5.0, 15.0, "modelled", "x", within="cpu")
     readings = {
         "train": [
-            Reading(10.0, 2.0, 5.0, 15.0, "modelled", 4.0, parts=(part,)),
+            Reading(10.0, 2.0, 5.0, 15.0, "modelled", 4.0, parts=(part, core)),
             Reading(20.0, 2.0, 15.0, 25.0, "modelled", 4.0, parts=(part,)),
-            Reading(None, 1.0),
+            Reading(None, 1.0, peak_memory_bytes=7, device_memory_bytes=None),
         ],
         "blind": [Reading(None, 1.0)],
     }
@@ -72,6 +73,9 @@ def test_counters_of_a_meter() -> None:
     assert one(text, "windows_unknown_total", job="a", window="train") == 1
     device = {"device": "cpu", "pedigree": "modelled"}
     assert one(text, "device_energy_joules_total", job="a", window="train", **device) == 20
+    assert 'device="core"' not in text  # it lies within the cpu
+    assert one(text, "peak_memory_bytes", job="a", window="train", kind="resident") == 7
+    assert one(text, "peak_memory_bytes", job="a", window="train", kind="device") is None
     # Unknown is absent, not 0.
     assert one(text, "energy_joules_total", job="a", window="blind") is None
     assert one(text, "windows_total", job="a", window="blind") == 1

@@ -62,6 +62,8 @@ def steps(loop: LoopMeter, n: int, **counts: Any) -> None:
 
 def test_joules_per_step_token_sample_and_parameter() -> None:
     meter = Meter(joules(10), joules(30), joules(0))
+    theirs = joules(10)
+    meter.readings["train"] = [theirs]  # a window of the user's own
     with LoopMeter(meter, parameters=1000, every=2) as loop:
         steps(loop, 4, tokens=100, samples=5)
     assert loop.steps == 4 and loop.tokens == 400 and loop.samples == 20
@@ -69,7 +71,7 @@ def test_joules_per_step_token_sample_and_parameter() -> None:
     assert loop.joules_per_step == 10 and loop.joules_per_token == 0.1
     assert loop.joules_per_sample == 2 and loop.joules_per_parameter == 0.04
     assert loop.pedigree == "modelled" and loop.seconds == 3.0
-    assert meter.open == 0 and meter.readings == {}
+    assert meter.open == 0 and meter.readings == {"train": [theirs]}
     first, second, tail = loop.curve
     assert (first["joules"], first["window_joules"], first["joules_per_token"]) == (10, 10, 0.05)
     assert (second["joules"], second["window_joules"], second["joules_per_token"]) == (40, 30, 0.15)

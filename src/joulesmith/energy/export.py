@@ -239,6 +239,9 @@ READING_COLUMNS = (
     "cpu_seconds",
     "pedigree",
     "parts",
+    "machine_joules",
+    "peak_memory_bytes",
+    "device_memory_bytes",
     "notes",
 )
 
@@ -257,6 +260,9 @@ def reading_row(reading: Reading, window: str = "", time: datetime | None = None
         "cpu_seconds": reading.cpu_seconds,
         "pedigree": reading.pedigree,
         "parts": {p.device: p.joules for p in reading.parts},
+        "machine_joules": None if reading.machine is None else reading.machine.joules,
+        "peak_memory_bytes": reading.peak_memory_bytes,
+        "device_memory_bytes": reading.device_memory_bytes,
         "notes": list(reading.notes),
     }
 
@@ -345,13 +351,14 @@ def codecarbon_row(
         "cpu_count": os.cpu_count(),
         "pue": pue,
     }
+    whole = [p for p in reading.parts if p.within is None]
     for family, names in _FAMILIES.items():
-        parts = [p.joules for p in reading.parts if p.device.startswith(names)]
+        parts = [p.joules for p in whole if p.device.startswith(names)]
         if parts and all(j is not None for j in parts):
             joules = math.fsum(j for j in parts if j is not None) * pue
             row[f"{family}_energy"] = joules_to_kwh(joules)
             row[f"{family}_power"] = joules / seconds if seconds > 0 else None
-    gpus = {p.device for p in reading.parts if p.device.startswith("gpu")}
+    gpus = {p.device for p in whole if p.device.startswith("gpu")}
     if gpus:
         row["gpu_count"] = len(gpus)
     if sys.platform.startswith("linux"):

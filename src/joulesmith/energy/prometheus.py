@@ -79,6 +79,11 @@ def meter_metrics(
         add("seconds", math.fsum(r.seconds for r in rows), window=window)
         add("windows", float(len(rows)), window=window)
         add("unknown", float(sum(r.joules is None for r in rows)), window=window)
+        for r in reversed(rows):
+            if r.peak_memory_bytes is not None:
+                add("memory", r.peak_memory_bytes, window=window, kind="resident")
+                add("memory", r.device_memory_bytes, window=window, kind="device")
+                break
         known = [r for r in rows if r.joules is not None]
         if not known:
             continue
@@ -90,7 +95,9 @@ def meter_metrics(
             add("marginal", _fsum(r.marginal for r in known), window=window)
         add("watts", known[-1].watts, window=window)
         devices: dict[tuple[str, str], float] = {}
-        for p in (p for r in known for p in r.parts if p.joules is not None):
+        # What lies within another device is left out: a sum over devices is the total.
+        parts = (p for r in known for p in r.parts if p.within is None)
+        for p in (p for p in parts if p.joules is not None):
             key = (p.device, p.pedigree or "unknown")
             devices[key] = devices.get(key, 0.0) + (p.joules or 0.0)
         for (device, pedigree), joules in devices.items():
@@ -109,6 +116,7 @@ def meter_metrics(
         metric("windows", "windows_total", "Closed windows."),
         metric("unknown", "windows_unknown_total", "Closed windows whose energy is unknown."),
         metric("watts", "power_watts", "Mean power of the last known window.", "gauge"),
+        metric("memory", "peak_memory_bytes", "Peak memory of the last known window.", "gauge"),
     ]
 
 

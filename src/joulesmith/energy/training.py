@@ -40,6 +40,8 @@ POINT_COLUMNS = (
     "window_steps",
     "window_seconds",
     "window_joules",
+    "peak_memory_bytes",
+    "device_memory_bytes",
     "joules_per_step",
     "joules_per_token",
     "joules_per_sample",
@@ -47,7 +49,8 @@ POINT_COLUMNS = (
     "metrics",
     "notes",
 )
-"""A point of the curve. Without "window" or "per" a figure is cumulative over training."""
+"""A point of the curve: figures are cumulative over the training, save those named after
+the window, those per step, token or sample, and the window's peaks of memory."""
 _MAX_POINTS = 10_000
 _STATE_VERSION = 1
 
@@ -401,9 +404,9 @@ class LoopMeter:
             closed: Reading = window.reading
             reading = closed
         # The points hold what matters; a month of windows would fill the memory.
-        kept = getattr(self._meter, "readings", None)
-        if isinstance(kept, dict):
-            kept.pop(getattr(window, "name", None), None)
+        kept = getattr(self._meter, "readings", {}).get(getattr(window, "name", None))
+        if kept:
+            kept[:] = [r for r in kept if r is not reading]
         for note in reading.notes:
             self.note(note)
         return reading
@@ -471,6 +474,8 @@ class LoopMeter:
         if reading is not None:
             row["window_seconds"] = reading.seconds
             row["window_joules"] = reading.joules
+            row["peak_memory_bytes"] = reading.peak_memory_bytes
+            row["device_memory_bytes"] = reading.device_memory_bytes
         return row
 
     def _write(self, row: dict[str, Any]) -> None:
