@@ -208,7 +208,13 @@ def report(machines: list[Server], rapl: list[Sweep]) -> list[str]:
         straight.add(LOADS, m.watts, m.watts[0] + (m.watts[-1] - m.watts[0]) * LOADS, 0.85, 1.15)
     rows.append(row("a straight line between the two", len(new), straight))
     out += table("what", rows)
-    out += ["By generation:", ""]
+    out += [
+        "With a vendor left out, the curve of the only other one is used; what is neither AMD nor",
+        "Intel therefore gets the mean of both and +-25 %.",
+        "",
+        "By generation:",
+        "",
+    ]
     rows = []
     for g, s in held_out(known, by_family, ends_known).items():
         part = _of([m for m in known if m.family == g], s, lambda m: m.year >= NEW)

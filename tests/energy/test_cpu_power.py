@@ -134,6 +134,14 @@ def test_bad_watts_are_one_line(monkeypatch: pytest.MonkeyPatch, text: str) -> N
         CpuPower.detect(cpu=guest())
 
 
+def test_a_maker_that_was_not_fitted_has_a_wider_interval() -> None:
+    arm = Cpu("ARM", 0x41, 0xD0C, "Altra", 80, 1, 80, 1, False)
+    m = CpuPower.detect(60, 250, cpu=arm)
+    assert (m.low, m.high) == pytest.approx((0.75, 1.25)) and m.notes
+    assert m.curve == WALL["any"].curve
+    assert CpuPower.detect(60, 250, cpu=metal()).high == pytest.approx(1.15)
+
+
 def test_no_silent_zero() -> None:
     for kw in ({"idle_watts": 0, "max_watts": 0}, {"tdp_watts": 0}, {"tdp_watts": -5}):
         with pytest.raises(JoulesmithError, match="watts"):
