@@ -77,6 +77,12 @@ def work(name: str, seconds: float) -> None:
             p.join()
 
 
+def children() -> float:
+    """CPU seconds of children that have ended."""
+    r = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return r.ru_utime + r.ru_stime
+
+
 def meter(tool: str) -> tuple[Any, Any]:
     """Starts a meter; returns what stops it and what then reads it."""
     if tool == "joulesmith":
@@ -127,10 +133,9 @@ def child(tool: str, name: str, seconds: float) -> None:
     __import__(IMPORTS[tool.split()[0]].split()[1])
     begin = time.perf_counter()
     stop, read = meter(tool)
-    ready, cpu = time.perf_counter(), time.process_time()
+    ready, cpu, below = time.perf_counter(), time.process_time(), children()
     work(name, seconds)
-    own, done = time.process_time() - cpu, time.perf_counter()
-    ended_children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    own, below, done = time.process_time() - cpu, children() - below, time.perf_counter()
     result = stop()
     ended = time.perf_counter()
     joules, low, high, pedigree = read(result)
@@ -146,7 +151,7 @@ def child(tool: str, name: str, seconds: float) -> None:
     } - {"joulesmith", "distutils", "setuptools"}
     found = {
         "joules": joules, "low": low, "high": high, "pedigree": pedigree,
-        "cpu": own, "work": own + ended_children.ru_utime + ended_children.ru_stime, "start": ready - begin, "stop": ended - done,
+        "cpu": own, "work": own + below, "start": ready - begin, "stop": ended - done,
         "imported": sorted(imported),
     }  # fmt: skip
     print("\n" + json.dumps(found))

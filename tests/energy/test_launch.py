@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,15 @@ import pytest
 from joulesmith.energy.launch import CommandNotRunError, launch
 
 PYTHON = sys.executable
+
+
+def wait_for(file: Path) -> None:
+    end = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
 
@@ -82,11 +92,9 @@ def test_signals_are_passed_on_and_handlers_restored(
     )
 
     def send() -> None:
-        while not ready.exists():
-            stop.wait(0.01)
+        wait_for(ready)
         os.kill(os.getpid(), number)
 
-    stop = threading.Event()
     before = signal.getsignal(number)
     sender = threading.Thread(target=send)
     sender.start()
@@ -152,3 +160,46 @@ def test_ignored_signals_stay_ignored() -> None:
         "assert launch(['sh', '-c', 'kill -HUP $$; exit 3']).exit_code == 3\n"
     )
     subprocess.run([PYTHON, "-c", code], check=True)
+
+
+@linux
+def test_ctrl_c_of_a_terminal_reaches_the_command_once(tmp_path: Path) -> None:
+    """The terminal sends it to the whole group; a second one would kill many programs."""
+    import pty
+
+    ready, out = tmp_path / "ready", tmp_path / "out"
+    command = (
+        "import pathlib, signal, time\n"
+        "seen = []\n"
+        "signal.signal(signal.SIGINT, lambda *_: seen.append(1))\n"
+        f"pathlib.Path({str(ready)!r}).touch()\n"
+        "while not seen: time.sleep(0.01)\n"
+        "time.sleep(0.3)\n"
+        f"pathlib.Path({str(out)!r}).write_text(str(len(seen)))\n"
+    )
+    code = (
+        "import sys; from joulesmith.energy.launch import launch\n"
+        "ended = launch([sys.executable, '-c', sys.argv[1]])\n"
+        "sys.exit(10 + ended.stopped + 2 * ended.exit_code)"
+    )
+    master, slave = pty.openpty()
+    # A session of its own, with the terminal as the one that controls it.
+    process = subprocess.Popen(
+        [
+            *("setsid", "--ctty", "--wait"),
+            *(PYTHON, "-c", code, command),
+        ],
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+    )
+    try:
+        wait_for(ready)
+        os.write(master, b"\x03")
+        assert process.wait(timeout=30) == 11
+        assert out.read_text() == "1"
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+        os.close(slave)
