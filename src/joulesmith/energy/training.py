@@ -2,11 +2,12 @@
 
 `LoopMeter` serves any loop; `trainer.EnergyCallback` puts it into the
 ``transformers.Trainer``. Knows counts, losses and windows of a meter; knows no models
-and no devices, and leaves files to `export`. A window covers whole steps, about a second or more of
-them, so that devices are only waited for at its ends; a loss or a count may be a
-tensor and is read there. What lies between two steps (loading data, a checkpoint)
-belongs to the training; evaluation goes into a `pause`.
-Nothing that fails in here stops the training: it becomes a note.
+and no devices, and leaves files to `export`.
+
+A window covers whole steps, about a second of them, so that devices are only waited
+for at its ends; a loss or a count may be a tensor and is read there. What lies between
+two steps (loading data, a checkpoint) belongs to the training; evaluation goes into a
+`pause`. Nothing that fails in here stops the training: it becomes a note.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ POINT_COLUMNS = (
 """A point of the curve: figures are cumulative over the training, save those named after
 the window, those per step, token or sample, and the window's peaks of memory."""
 _MAX_POINTS = 10_000
+_MAX_NOTES = 100
 _STATE_VERSION = 1
 
 
@@ -489,7 +491,7 @@ class LoopMeter:
 
     def note(self, text: str) -> None:
         """Adds to `notes`, once."""
-        if text not in self.notes:
+        if text not in self.notes and len(self.notes) < _MAX_NOTES:
             self.notes.append(text)
 
     @contextmanager
