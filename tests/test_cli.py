@@ -188,6 +188,11 @@ def test_measure_compares_and_writes_to_a_file(tmp_path: Path) -> None:
     assert "true takes, against true:" in text.read_text()
 
 
+def test_measure_writes_to_what_is_no_file() -> None:
+    done = joulesmith("measure", "-o", "/dev/stdout", "--label", "mine", "true")
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("mine\n")
+
+
 @pytest.mark.parametrize(
     ("command", "code"),
     [(["no-such-command"], 127), (["/"], 126), (["sh", "-c", "kill -9 $$"], 137)],

@@ -405,8 +405,9 @@ def split_command(text: str) -> list[str]:
 
 def check_output(path: Path) -> None:
     """Before hours of measuring: can the report be written? Raises `JoulesmithError`."""
-    folder = path.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    special = path.exists() and not path.is_file()  # /dev/stderr, a pipe: written as it is
+    place = path if special else path.parent
+    if path.is_dir() or not place.exists() or not os.access(place, os.W_OK):
         raise JoulesmithError(f"cannot write: {path}: give a file in a writable folder")
 
 
@@ -455,6 +456,9 @@ def _tell(found: Any, json_: bool, output: Path | None) -> None:
         page = io.StringIO()
         render_report(found, Console(file=page, width=120, highlight=False))
         text = page.getvalue()
+    if output.exists() and not output.is_file():
+        output.write_text(text, encoding="utf-8")
+        return
     with atomic_path(output) as temp:
         temp.write_text(text, encoding="utf-8")
 

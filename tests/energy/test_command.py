@@ -75,6 +75,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
             return Ended(end, None, 1000, 0, len(log) == stop_at)
 
         monkeypatch.setattr(room, "launch", fake)
+        monkeypatch.setattr(room.shutil, "which", lambda name: name)
         return log
 
     return set_up
@@ -171,6 +172,10 @@ def test_absent_commands_and_bad_counts(tmp_path: Path) -> None:
     m = meter(tmp_path)
     with pytest.raises(CommandNotRunError):
         measure_commands([("x", ["no-such-command"])], 2, m)
+    out = tmp_path / "out"
+    with pytest.raises(CommandNotRunError, match="'no-such-command'"):
+        measure_commands([("x", ["touch", str(out)]), ("y", ["no-such-command"])], 2, m)
+    assert not out.exists(), "told before anything ran"
     with pytest.raises(JoulesmithError, match="--repeat"):
         measure_commands([("x", ["true"])], 0, m)
     with pytest.raises(JoulesmithError, match="no command"):

@@ -81,6 +81,16 @@ def test_ratio(rounds: int, said: str) -> None:
     assert "joules: unknown" in shown(UNKNOWN, other=UNKNOWN)
 
 
+def test_death_by_signal_has_its_name() -> None:
+    m = Measured("x", ("x",), (Run(READING, 139, 11, None),))
+    report = Report(
+        (m,), (footprint(READING, 1.0),), (bill(READING, 1.0),), None, "s", None, 1.0, False
+    )
+    console = Console(file=io.StringIO(), width=80)
+    render_report(report, console)
+    assert console.file.getvalue().startswith("x (killed by SIGSEGV)\n")  # type: ignore[attr-defined]
+
+
 def test_terminals_of_old_and_names_of_evil() -> None:
     text = shown(READING, label="\x1b[2Jäh [bold]", encoding="ascii")
     assert "\x1b" not in text and "[bold]" in text and "ug CO2e" in text

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -24,7 +25,7 @@ from joulesmith.energy.carbon import (
     footprint,
     price,
 )
-from joulesmith.energy.launch import Ended, launch
+from joulesmith.energy.launch import NOT_FOUND, CommandNotRunError, Ended, launch
 from joulesmith.energy.meter import EnergyMeter
 from joulesmith.energy.reading import Part, Reading, worst
 from joulesmith.errors import JoulesmithError
@@ -55,7 +56,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Measured:
-    """All runs of one command. label: what to call it; command: its words."""
+    """All runs of one command, at least one. label: what to call it; command: its words."""
 
     label: str
     command: tuple[str, ...]
@@ -169,6 +170,13 @@ def measure_commands(
         raise JoulesmithError(f"--repeat must be at least 1, got {repeat}")
     if not all(command for _, command in commands):
         raise JoulesmithError("no command given: joulesmith measure -- COMMAND...")
+    for _, command in commands[1:]:
+        if shutil.which(command[0]) is None:  # told before the first has run for hours
+            raise CommandNotRunError(
+                f"command not found, or not executable: {command[0]!r}: give a program on the "
+                "PATH or its path",
+                NOT_FOUND,
+            )
     found: list[list[Run]] = [[] for _ in commands]
     order = [j for i in range(repeat) for j in rotated(range(len(commands)), i)]
     place = _tell_stdin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ def render_report(report: Report, console: Console) -> None:
         typical = m.typical
         _render(m, typical, carbon, money, console)
         notes += [*typical.notes, *carbon.notes, *money.notes]
-    if report.stopped:
+    if report.stopped and any(len(m.runs) > 1 for m in report.measured):
         notes.append("stopped by a signal: the figures are of the runs shown")
     if report.comparison is not None:
         _render_ratio(report, console)
@@ -42,9 +43,7 @@ def _render(m: Measured, typical: Reading, carbon: Amount, money: Amount, consol
 
     several = len(m.runs) > 1
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    head = f"{len(m.runs)} runs, medians" if several else ""
-    if m.exit_code:
-        head += f"{', ' if head else ''}exit code {m.exit_code}"
+    head = ", ".join(filter(None, (f"{len(m.runs)} runs, medians" if several else "", _end(m))))
     _line(console, f"{_clip(m.label)}{f' ({head})' if head else ''}")
     table.add_column("", no_wrap=True)
     table.add_column("median" if several else "", justify="right", no_wrap=True)
@@ -91,6 +90,17 @@ def _render(m: Measured, typical: Reading, carbon: Amount, money: Amount, consol
     for name, amount in (("carbon", carbon), ("cost", money)):
         if amount.source:
             _line(console, f"{name}: {amount.source}")
+
+
+def _end(m: Measured) -> str:
+    """How it ended, where not well."""
+    run = next((r for r in m.runs if r.exit_code), None)
+    if run is None:
+        return ""
+    if run.signal is None:
+        return f"exit code {run.exit_code}"
+    known = {int(s): s.name for s in signal.Signals}
+    return f"killed by {known.get(run.signal, f'signal {run.signal}')}"
 
 
 def _grams(amount: Amount) -> tuple[str, str]:
