@@ -490,4 +490,4 @@ def test_the_sampler_slows_down_where_looking_is_dear(
     m = modelled(tmp_path)
     monkeypatch.setattr(meter_module.time, "thread_time", lambda: next(clock))
     m._sample(Stop())  # type: ignore[arg-type]
-    assert waits == pytest.approx([0.1, 0.1, 0.02 / 0.004, 5.0])
+    assert waits == pytest.approx([0.3, 0.3, 0.02 / 0.004, 5.0])

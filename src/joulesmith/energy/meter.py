@@ -45,6 +45,8 @@ _BUSY_OTHERS = 0.05
 _SHARE = 0.004
 """Most of one CPU that the background thread takes: it slows down where a look is dear."""
 _SLOWEST = 5.0
+_SELDOM = 3
+"""Only power must be sampled often: counters, CPU time and memory keep marks of their own."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,10 @@ class EnergyMeter:
     rapl_root, supply_root: powercap and power_supply folders. nvml: an object like
     the ``pynvml`` module.
     cpu_model: default `CpuPower.detect`, built when first needed.
-    interval: seconds between looks of the background thread, which runs inside the
-    ``with`` block and slows down where it would take 0.4 % of a CPU; without it
-    windows still work, except that power and memory are then seen at their ends.
+    interval: seconds between samples of power by the background thread (counters and
+    memory are looked at a third as often), which runs inside the ``with`` block and
+    slows down where it would take 0.4 % of a CPU; without it windows still work,
+    except that power and memory are then seen at their ends.
     idle_watts: what all that is metered draws when idle, if you know it; see
     `measure_idle`.
     external: a meter at the wall, "file:PATH" or "command:PROGRAM" (see `external`);
@@ -297,20 +300,27 @@ class EnergyMeter:
 
     def _sample(self, stop: threading.Event) -> None:
         """Keeps wraparounds, power, memory and others' load from being missed."""
-        wait = self.interval
+        power = [s for s in self.sources if s.samples]
+        least = self.interval if power else _SELDOM * self.interval
+        wait, turn = least, 0
         while not stop.wait(wait):
             begin = time.thread_time()
             with suppress(Exception):  # metering must never end the program metered
-                for source in self.sources:
-                    if source.samples or source is self._rapl:
-                        source.read(time.perf_counter())
-                cpu, t = self._cpu(), time.perf_counter()
-                busy = machine_busy()
-                with self._lock:
-                    self._others.add(t, busy, cpu)
-                self._look()
+                for source in power:
+                    source.read(time.perf_counter())
+                if not power or turn % _SELDOM == 0:
+                    self._keep_up()
+            turn += 1
             cost = time.thread_time() - begin
-            wait = max(self.interval, min(_SLOWEST, cost / _SHARE))
+            wait = max(least, min(_SLOWEST, cost / _SHARE))
+
+    def _keep_up(self) -> None:
+        self._rapl.read(time.perf_counter())
+        cpu, t = self._cpu(), time.perf_counter()
+        busy = machine_busy()
+        with self._lock:
+            self._others.add(t, busy, cpu)
+        self._look()
 
     # ---- readings
 
