@@ -43,6 +43,7 @@ IMPORTS = {
     "zeus": "from zeus.monitor import ZeusMonitor",
 }
 STEP = 1.05
+BUSY = 0.2
 QUIET = 20.0  # CodeCarbon looks every 15 s
 
 
@@ -97,7 +98,7 @@ def meter(tool: str) -> tuple[Any, Any]:
             m.__exit__(None, None, None)
             return reading
 
-        return stop, lambda r: (r.joules, r.low, r.high, r.pedigree)
+        return stop, lambda r: (r.joules, r.low, r.high, r.marginal)
     if tool.startswith("codecarbon"):
         from codecarbon import OfflineEmissionsTracker
 
@@ -138,7 +139,7 @@ def child(tool: str, name: str, seconds: float) -> None:
     own, below, done = time.process_time() - cpu, children() - below, time.perf_counter()
     result = stop()
     ended = time.perf_counter()
-    joules, low, high, pedigree = read(result)
+    joules, low, high, marginal = read(result)
     places = [Path(p).resolve() for p in sys.path if p.endswith("-packages")]
     # Modules of one file are packages too; compiled helpers of a package are not its own.
     imported = {
@@ -150,7 +151,7 @@ def child(tool: str, name: str, seconds: float) -> None:
         and any(p in Path(str(module.__file__)).resolve().parents for p in places)
     } - {"joulesmith", "distutils", "setuptools"}
     found = {
-        "joules": joules, "low": low, "high": high, "pedigree": pedigree,
+        "joules": joules, "low": low, "high": high, "marginal": marginal,
         "cpu": own, "work": own + below, "start": ready - begin, "stop": ended - done,
         "imported": sorted(imported),
     }  # fmt: skip
@@ -268,18 +269,26 @@ def main() -> None:
         f"--rounds {args.rounds}`",
         "",
         f"{os.cpu_count()} CPUs; other programs kept {others:.0%} of the machine busy before the "
-        "start. Medians.",
+        "start. Medians."
+        + (
+            " **Too busy for a fair comparison**: programs did not get the CPUs they asked for, "
+            "meters of the whole machine counted the others."
+            if others > BUSY
+            else ""
+        ),
         "",
         f"## Joules printed for programs of {args.seconds:g} s",
         "",
         "| meter | " + " | ".join(TITLES[w] for w in WORK) + " | ranks them |",
         "|---|" + "---|" * (len(WORK) + 1),
     ]
-    for t in tools:
-        joules = [mid(t, w, "joules") for w in WORK]
+    rows = [(t, t, "joules") for t in tools]
+    rows.insert(1, ("joulesmith, above idle", "joulesmith", "marginal"))
+    for title, t, key in rows:
+        joules = [mid(t, w, key) for w in WORK]
         cells = []
         for w, j in zip(WORK, joules, strict=True):
-            low, high = mid(t, w, "low"), mid(t, w, "high")
+            low, high = (mid(t, w, k) if key == "joules" else None for k in ("low", "high"))
             between = f" ({low:.3g} to {high:.3g})" if low is not None and high is not None else ""
             cells.append(say(j, ".3g") + between)
         lines.append(
