@@ -292,7 +292,7 @@ def main() -> None:
             between = f" ({low:.3g} to {high:.3g})" if low is not None and high is not None else ""
             cells.append(say(j, ".3g") + between)
         lines.append(
-            f"| {t} | "
+            f"| {title} | "
             + " | ".join(cells)
             + f" | {ranks(joules, [mid(t, w, 'work') for w in WORK])} |"
         )
