@@ -195,3 +195,12 @@ def test_a_long_silence_may_hide_a_turn(tmp_path: Path) -> None:
     count = r.read(time.perf_counter() + 3600)["package-0"]
     assert count.joules == pytest.approx(5) and count.missing == pytest.approx(MAX_UJ * 1e-6)
     assert "a turn of the counter may be missing" in r.notes[0]
+
+
+def test_half_of_the_packages_does_not_pass_for_all(tmp_path: Path) -> None:
+    zone(tmp_path / "intel-rapl:0", "package-0", 1)
+    zone(tmp_path / "intel-rapl:1", "package-1", "garbage")
+    r = Rapl(tmp_path)
+    assert r.zones == () and "package-1 cannot be read" in r.notes[-1]
+    zone(tmp_path / "intel-rapl:2", "psys", 1)
+    assert [z.name for z in Rapl(tmp_path).zones] == ["psys"]

@@ -436,7 +436,7 @@ class EnergyMeter:
         if machine is None or machine.device != "machine":
             said = "the external meter gave nothing for this window: joules are the devices'"
             return replace(reading, notes=(*reading.notes, said))
-        said = "joules are the whole machine's, by the external meter; the parts are its devices"
+        said = "joules are the whole machine's, other processes included, by the external meter"
         return replace(
             reading,
             joules=machine.joules,

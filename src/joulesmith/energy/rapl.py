@@ -178,6 +178,7 @@ class Rapl:
 
     def _discover(self) -> list[Zone]:
         zones: list[Zone] = []
+        shut: list[str] = []
         board: list[tuple[str, Path]] = []
         named = [(n, f) for f in self._folders() if (n := self._name(f)) is not None]
         whole = {n for n, _ in named}
@@ -192,10 +193,15 @@ class Rapl:
                 name = f"{name}-{folder.name.rsplit(':', 1)[1]}"
             die = _DIE.match(name)
             zone = self._open(name, folder, die[1] if die and die[1] in whole else None)
-            if zone is not None:
+            if zone is None:
+                shut.append(name)
+            else:
                 zones.append(zone)
                 zones.extend(self._below(zone))
-        if zones:
+        if zones and shut:
+            # Half of the processors would pass for all of them.
+            note(self.notes, f"RAPL is not used: {', '.join(shut)} cannot be read")
+        elif zones:
             return zones
         return [z for name, folder in board[:1] if (z := self._open(name, folder))]
 
