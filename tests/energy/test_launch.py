@@ -126,7 +126,7 @@ def test_orphans_are_collected_and_left_ones_told() -> None:
         return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
 
     before = children()
-    ended = launch(["sh", "-c", "(sh -c 'exit 3' &); (sleep 0.05 &); sleep 0.3"])
+    ended = launch(["sh", "-c", "(sh -c 'exit 3' &); (sleep 0.05 &); sleep 1"])
     assert ended.exit_code == 0 and ended.left_running == 0
     assert children() <= before
     ended = launch(["sh", "-c", "sleep 1 & exit 2"])
