@@ -152,7 +152,7 @@ def main() -> None:
         f"{os.cpu_count()} CPUs, {platform.system()}, Python {platform.python_version()}; joules:",
         f"{source}.",
         f"Busy loop: median of interleaved rounds, 95 % interval. {beside()}",
-        "The meter looks by wall time, so a loop that gets a part of a CPU loses more of its own time.",
+        "The meter looks by wall time, so a loop with part of a CPU loses more of its time.",
         "",
         "| what | figure |",
         "|---|---|",
