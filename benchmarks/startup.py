@@ -20,6 +20,9 @@ COMMANDS = {
     "python -c pass": [sys.executable, "-c", "pass"],
     "joulesmith --help": [sys.executable, "-m", "joulesmith", "--help"],
     "joulesmith --version": [sys.executable, "-m", "joulesmith", "--version"],
+    "joulesmith measure -o FILE true": [
+        *(sys.executable, "-m", "joulesmith", "measure", "-o", os.devnull, "true"),
+    ],
     "import joulesmith.energy": [sys.executable, "-c", "import joulesmith.energy"],
     "from joulesmith import EnergyMeter": [
         sys.executable,

@@ -1,26 +1,33 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from joulesmith.energy import calibrate_power, cpus
 from joulesmith.energy.cpu_power import (
+    DRAM_JOULES_PER_BYTE,
     DRAM_WATTS_PER_GIB,
-    EXPONENT,
-    IDLE_FRACTION,
-    MAX_FRACTION,
     CpuPower,
 )
-from joulesmith.energy.cpus import Cpu, _table, fall_back, identify, look_up
+from joulesmith.energy.cpus import Cpu, _products, _table, fall_back, identify, look_up
+from joulesmith.energy.power_curve import PACKAGE, WALL, Curve, package_ends, wall_class
 from joulesmith.errors import JoulesmithError
+
+IDLE_FRACTION, MAX_FRACTION = package_ends("server")
 
 
 @pytest.fixture(autouse=True)
-def _no_env(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("JOULESMITH_IDLE_WATTS", raising=False)
-    monkeypatch.delenv("JOULESMITH_MAX_WATTS", raising=False)
+def _no_env(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("IDLE", "MAX", "TDP"):
+        monkeypatch.delenv(f"JOULESMITH_{name}_WATTS", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
 
 
 def guest(cpus: int = 2, threads: int = 1) -> Cpu:
@@ -28,11 +35,11 @@ def guest(cpus: int = 2, threads: int = 1) -> Cpu:
 
 
 def metal(cores: int = 28, sockets: int = 2) -> Cpu:
-    name = "Intel(R) Xeon(R) Platinum 8180 CPU @ 2.50GHz"
+    name = "Intel(R) Xeon(R) Processor @ 2.50GHz"
     return Cpu("GenuineIntel", 6, 85, name, cores * sockets * 2, sockets, cores * sockets, 2, False)
 
 
-def model(exponent: float = EXPONENT) -> CpuPower:
+def model(exponent: float = 0.69) -> CpuPower:
     return CpuPower("x", 8, 20.0, 100.0, 3.0, exponent, 0.5, 1.5, "test")
 
 
@@ -43,7 +50,7 @@ share = st.floats(0, 1)
 @given(seconds, share, share, st.floats(0.1, 1))
 def test_never_negative_and_inside_the_interval(t: float, own: float, o: float, a: float) -> None:
     m = model(a)
-    for e in (m.cpu(t, own * t * 8, o), m.dram(t, o)):
+    for e in (m.cpu(t, own * t * 8, o), m.dram(t, o), m.dram(t, o, own * 1e12)):
         assert 0 <= e.marginal <= e.joules
         assert e.low <= e.joules <= e.high
 
@@ -86,7 +93,7 @@ def test_a_guest_holds_its_share_of_the_socket() -> None:
     assert m.idle_watts == pytest.approx(IDLE_FRACTION * 500 * 2 / 256)
     assert m.max_watts == pytest.approx(MAX_FRACTION * 500 * 2 / 256)
     assert m.dram_watts == pytest.approx(4 * DRAM_WATTS_PER_GIB)
-    assert m.exponent == 1.0
+    assert m.curve == Curve() and m.boundary == "package"
 
 
 def test_a_guest_that_cannot_tell_threads_from_cores_covers_both() -> None:
@@ -99,7 +106,7 @@ def test_a_guest_that_cannot_tell_threads_from_cores_covers_both() -> None:
 def test_bare_metal_counts_sockets_and_smaller_products() -> None:
     full = CpuPower.detect(cpu=metal(28, 2), memory_bytes=0)
     assert full.max_watts == pytest.approx(MAX_FRACTION * 205 * 2)
-    assert full.exponent == EXPONENT
+    assert full.curve == PACKAGE
     small = CpuPower.detect(cpu=metal(8, 2), memory_bytes=0)
     # Xeon Silver 4110: 8 cores, 85 W (Intel ARK); within the interval of the model.
     assert 0.5 * small.max_watts < MAX_FRACTION * 85 * 2 < 1.5 * small.max_watts
@@ -127,9 +134,151 @@ def test_bad_watts_are_one_line(monkeypatch: pytest.MonkeyPatch, text: str) -> N
         CpuPower.detect(cpu=guest())
 
 
+def test_a_maker_that_was_not_fitted_has_a_wider_interval() -> None:
+    arm = Cpu("ARM", 0x41, 0xD0C, "Altra", 80, 1, 80, 1, False)
+    m = CpuPower.detect(60, 250, cpu=arm)
+    assert (m.low, m.high) == pytest.approx((0.75, 1.25)) and m.notes
+    assert m.curve == WALL["any"].curve
+    assert CpuPower.detect(60, 250, cpu=metal()).high == pytest.approx(1.15)
+
+
+def test_no_silent_zero() -> None:
+    for kw in ({"idle_watts": 0, "max_watts": 0}, {"tdp_watts": 0}, {"tdp_watts": -5}):
+        with pytest.raises(JoulesmithError, match="watts"):
+            CpuPower.detect(cpu=metal(), **kw)
+    with pytest.raises(JoulesmithError, match="TDP"):
+        CpuPower.from_tdp(math.nan, boundary="wall")
+
+
+def test_one_end_given_is_of_the_wall_and_told() -> None:
+    m = CpuPower.detect(idle_watts=60, cpu=metal(), memory_bytes=2**40)
+    assert m.boundary == "wall" and m.dram_watts == 0 and "idle 60 W as given" in m.source
+    assert m.max_watts == pytest.approx(WALL["intel"].max * 410) and m.notes
+
+
 def test_idle_above_max_is_refused() -> None:
     with pytest.raises(JoulesmithError, match="between 0 and max"):
         CpuPower.detect(50, 10, cpu=guest())
+
+
+@given(
+    st.builds(Curve, st.floats(0.01, 1), st.floats(0, 1), st.floats(0, 1)),
+    st.floats(-1, 2),
+    st.floats(-1, 2),
+)
+def test_a_curve_runs_from_0_to_1_and_never_falls(c: Curve, a: float, b: float) -> None:
+    a, b = sorted((a, b))
+    assert 0 <= c(a) <= c(b) + 1e-12 <= 1 + 1e-9
+    assert c(0) == 0 and c(1) == pytest.approx(1)
+
+
+def test_the_curve_at_hand_computed_points() -> None:
+    assert Curve(0.5)(0.25) == pytest.approx(0.5)
+    assert Curve(1.0, bend=0.5)(0.5) == pytest.approx(0.5 * 0.5 + 0.5 * 0.0625)
+    woken = 0.2 * (1 - math.exp(-1))
+    assert Curve(1.0, jump=0.2)(0.03) == pytest.approx(woken + 0.8 * 0.03)
+
+
+@pytest.mark.parametrize("bad", [(0.0, 0.0, 0.0), (1.0, -0.1, 0.0), (1.0, 0.0, 1.1), (2.0, 0, 0)])
+def test_a_curve_out_of_range_is_refused(bad: tuple[float, float, float]) -> None:
+    with pytest.raises(ValueError, match="out of range"):
+        Curve(*bad)
+    with pytest.raises(JoulesmithError, match="out of range"):
+        CpuPower("x", 1, 1, 2, 0, bad[0], 0.5, 1.5, "", (), bad[1], bad[2])
+
+
+def test_classes_at_the_wall() -> None:
+    assert wall_class("AuthenticAMD", "server", 8) is WALL["amd"]
+    assert wall_class("GenuineIntel", "server", 8) is WALL["small"]
+    assert wall_class("Intel", "server", None) is wall_class("Intel", "server", 28) is WALL["intel"]
+    assert wall_class("AuthenticAMD", "laptop", 8) is WALL["small"]
+    assert wall_class("ARM", "server", 80) is wall_class("Apple", "laptop", 8) is WALL["any"]
+
+
+# Published SPECpower_ssj2008 watts: idle, 10 % ... 100 % load.
+PUBLISHED = [
+    ("AuthenticAMD", 64, 2, 225, (92.4, 181, 206, 228, 248, 268, 288, 308, 328, 353, 394)),
+    ("GenuineIntel", 28, 2, 205, (49.9, 119, 142, 165, 189, 200, 223, 252, 295, 346, 415)),
+    ("GenuineIntel", 8, 1, 95, (21.7, 27.5, 30.5, 33.2, 36.1, 40.1, 44.5, 49.7, 55.9, 66.4, 82.8)),
+]
+
+
+@pytest.mark.parametrize(("vendor", "cores", "chips", "tdp", "watts"), PUBLISHED)
+def test_published_servers(
+    vendor: str, cores: int, chips: int, tdp: float, watts: tuple[float, ...]
+) -> None:
+    loads = [k / 10 for k in range(11)]
+    ends = CpuPower.from_ends(watts[0], watts[-1], vendor=vendor, cores_per_socket=cores)
+    for load, real in zip(loads, watts, strict=True):
+        assert ends.watts(load) == pytest.approx(real, rel=0.15)
+    wall = CpuPower.from_tdp(
+        tdp, sockets=chips, vendor=vendor, cores_per_socket=cores, boundary="wall"
+    )
+    package = CpuPower.from_tdp(tdp, sockets=chips, boundary="package")
+    assert wall.low < sum(watts) / sum(map(wall.watts, loads)) < wall.high
+    assert package.idle_watts < wall.idle_watts and package.max_watts < wall.max_watts
+
+
+def test_boundaries() -> None:
+    inside = CpuPower.detect(cpu=metal(), memory_bytes=2**40)
+    plug = CpuPower.detect(cpu=metal(), memory_bytes=2**40, boundary="wall")
+    assert (inside.boundary, plug.boundary) == ("package", "wall")
+    assert inside.dram_watts == pytest.approx(102.4) and plug.dram_watts == 0
+    assert "packages only" in inside.source and "at the wall" in plug.source
+    assert plug.max_watts == pytest.approx(WALL["intel"].max * 410)
+    assert plug.dram(5.0, 0, 1e12).joules == 0  # inside the processor's figure
+    package = CpuPower.detect(50, 400, cpu=metal(), memory_bytes=2**30, boundary="package")
+    assert package.curve == PACKAGE and package.dram_watts > 0
+    assert (package.low, package.high) == pytest.approx((0.7, 1.3))
+    assert CpuPower.detect(50, 400, cpu=metal()).curve == WALL["intel"].curve
+    assert CpuPower.detect(50, 400, cpu=guest()).curve == WALL["any"].curve
+
+
+def test_tdp_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A given TDP is of this very product: it is not scaled by the cores.
+    m = CpuPower.detect(tdp_watts=85, cpu=metal(8, 2), memory_bytes=0)
+    assert m.max_watts == pytest.approx(MAX_FRACTION * 85 * 2) and "as given" in m.source
+    monkeypatch.setenv("JOULESMITH_TDP_WATTS", "100")
+    unknown = Cpu("unknown", None, None, "mystery server", 4, 1, 4, 1, False)
+    m = CpuPower.detect(cpu=unknown, memory_bytes=0)
+    assert m.max_watts == pytest.approx(MAX_FRACTION * 100) and m.low == 0.5
+    monkeypatch.setenv("JOULESMITH_TDP_WATTS", "many")
+    with pytest.raises(JoulesmithError, match="JOULESMITH_TDP_WATTS"):
+        CpuPower.detect(cpu=unknown)
+
+
+def test_traffic_of_memory_is_marginal() -> None:
+    m, still = model(), model().dram(2.0)
+    e = m.dram(2.0, 0.0, 1e9)
+    assert e.marginal == pytest.approx(1e9 * DRAM_JOULES_PER_BYTE)
+    assert e.joules - still.joules == pytest.approx(e.marginal) and still.marginal == 0
+    assert m.dram(2.0, 0.0, -5.0) == still
+
+
+def test_a_stored_calibration_is_used_and_told() -> None:
+    calibrate_power.calibrate(42, 118, cpu=metal())
+    m = CpuPower.detect(cpu=metal(), memory_bytes=2**40)
+    assert (m.idle_watts, m.max_watts, m.dram_watts) == (42, 118, 0)
+    assert (m.low, m.high) == pytest.approx((0.85, 1.15))
+    assert "calibrated" in m.source and m.boundary == "wall" and not m.notes
+    # What is said now beats what was stored, and so does another boundary.
+    assert CpuPower.detect(50, 100, cpu=metal()).idle_watts == 50
+    assert CpuPower.detect(cpu=metal(), boundary="package").boundary == "package"
+
+
+def test_a_calibration_of_another_machine_is_noted_and_not_used() -> None:
+    calibrate_power.calibrate(42, 118, cpu=metal())
+    m = CpuPower.detect(cpu=guest(), memory_bytes=0)
+    assert m.max_watts < 42 and any("another machine" in n for n in m.notes)
+
+
+def test_a_broken_calibration_is_a_note() -> None:
+    file = calibrate_power.path()
+    file.parent.mkdir(parents=True)
+    file.write_text('{"version": 1, "idle')
+    m = CpuPower.detect(cpu=metal(), memory_bytes=0)
+    assert m.max_watts == pytest.approx(MAX_FRACTION * 410)
+    assert any("not a calibration" in n for n in m.notes)
 
 
 X86 = """processor\t: 0
@@ -165,7 +314,9 @@ def test_reads_x86_cpuinfo() -> None:
     assert (c.sockets, c.cores, c.threads_per_core, c.virtual) == (1, 1, 2, True)
     assert not identify(X86.format(flag=""), "").virtual
     row = look_up(c)
-    assert row is not None and "Milan" in row.name
+    assert row is not None and row.name == "EPYC 7763" and row.exact
+    row = look_up(replace(c, name="AMD EPYC Processor"))
+    assert row is not None and "Milan" in row.name and not row.exact
 
 
 def test_reads_arm_cpuinfo_and_tells_makers_apart() -> None:
@@ -199,3 +350,98 @@ def test_every_row_of_the_table_is_usable() -> None:
         assert r["kind"] in ("server", "desktop", "laptop", "board")
         watts = float(r["tdp_w"]) / int(r["cores"])
         assert 0.5 < watts < 25, r
+
+
+def test_every_product_is_usable() -> None:
+    rows = _products()
+    assert len(rows) > 300 and len({r["product"].lower() for r in rows}) == len(rows)
+    for r in rows:
+        assert r["kind"] in ("server", "desktop") and r["threads_per_core"] in ("1", "2")
+        assert 2 < float(r["tdp_w"]) / int(r["cores"]) < 25, r
+        cpu = Cpu(r["vendor"], None, None, f"CPU {r['product']} @ 2 GHz", 2, 1, 2, 1, False)
+        found = look_up(cpu)
+        assert found is not None and found.tdp == float(r["tdp_w"])
+
+
+@pytest.mark.parametrize(
+    ("name", "tdp"),
+    [
+        ("Intel(R) Xeon(R) CPU E5-2620 v3 @ 2.40GHz", 85),
+        ("Intel(R) Xeon(R) CPU E5-2620 0 @ 2.00GHz", 95),
+        ("Intel(R) Xeon(R) CPU E3-1240 V2 @ 3.40GHz", 69),
+        ("Intel(R) Xeon(R) Gold 6230 CPU @ 2.10GHz", 125),
+        ("Intel(R) Core(TM) i7-8700K CPU @ 3.70GHz", 95),
+        ("INTEL(R) XEON(R) PLATINUM 8592+", 350),
+    ],
+)
+def test_products_by_their_names(name: str, tdp: float) -> None:
+    row = look_up(Cpu("GenuineIntel", 6, 85, name, 8, 1, 4, 2, False))
+    assert row is not None and row.exact and row.tdp == tdp
+
+
+@pytest.mark.parametrize("name", ["Xeon(R) Gold 6230R CPU", "Xeon E5-2620 v9", "Platinum 8592"])
+def test_a_like_name_is_not_the_product(name: str) -> None:
+    row = look_up(Cpu("GenuineIntel", 6, 85, name, 8, 1, 4, 2, False))
+    assert row is not None and not row.exact
+
+
+def test_an_exact_product_is_not_scaled_by_its_cores() -> None:
+    siena = Cpu("AuthenticAMD", 25, 160, "AMD EPYC 8024P 8-Core Processor", 16, 1, 8, 2, False)
+    m = CpuPower.detect(cpu=siena, memory_bytes=0)
+    assert m.max_watts == pytest.approx(MAX_FRACTION * 90) and "TDP 90 W" in m.source
+
+
+def sysctl(text: str, monkeypatch: pytest.MonkeyPatch) -> Cpu:
+    def run(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess([], 1, stdout=text)
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(cpus, "_read", lambda _: "")
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(cpus.os, "cpu_count", lambda: 12)
+    return identify()
+
+
+def test_a_mac_by_sysctl(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = sysctl("machdep.cpu.brand_string: Apple M3 Pro\nhw.physicalcpu: 12\n", monkeypatch)
+    assert (c.vendor, c.cpus, c.cores, c.threads_per_core) == ("Apple", 12, 12, 1)
+    row = look_up(c)
+    assert row is not None and "M3 Pro" in row.name
+    row = look_up(replace(c, name="Apple M9"))
+    assert row is not None and row.name == "Apple silicon" and row.coarse
+
+
+def test_an_intel_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        "machdep.cpu.brand_string: Intel(R) Core(TM) i7-9750H CPU @ 2.60GHz\n"
+        "machdep.cpu.vendor: GenuineIntel\nmachdep.cpu.family: 6\nmachdep.cpu.model: 158\n"
+        "hw.physicalcpu: 6\nhw.packages: 1\n"
+    )
+    c = sysctl(text, monkeypatch)
+    assert (c.family, c.model, c.cores, c.threads_per_core) == (6, 158, 6, 2)
+    row = look_up(c)
+    assert row is not None and row.tdp == 45
+
+
+@pytest.mark.parametrize("text", ["", "garbage", "hw.physicalcpu: many\nhw.packages: 0\n"])
+def test_a_mac_that_says_nothing(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    m = CpuPower.detect(cpu=sysctl(text, monkeypatch), memory_bytes=0)
+    assert m.cpus == 12 and m.max_watts > 0
+
+
+def test_windows_names_family_and_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    import platform
+
+    name = "Intel64 Family 6 Model 158 Stepping 10, GenuineIntel"
+    monkeypatch.setattr(platform, "processor", lambda: name)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(cpus, "_read", lambda _: "")
+    c = identify()
+    assert (c.vendor, c.family, c.model) == ("GenuineIntel", 6, 158)
+    assert look_up(c) is not None
+
+
+def test_a_desktop_may_draw_more_than_its_tdp() -> None:
+    m = CpuPower.from_tdp(125, boundary="package", kind="desktop")
+    # Core i9-12900K: TDP 125 W, turbo limit 241 W without a time (Intel ARK).
+    assert m.max_watts * m.low < 125 < 241 < m.max_watts * m.high

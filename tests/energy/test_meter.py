@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from joulesmith.energy import EnergyMeter, Reading
 from joulesmith.energy import meter as meter_module
 from joulesmith.energy.cpu_power import CpuPower
-from joulesmith.energy.meter import _measured, _sum
+from joulesmith.energy.meter import Snapshot, _measured, _sum
 from joulesmith.energy.reading import Part
+from joulesmith.energy.source import Count, Device
 from joulesmith.errors import JoulesmithError
 
 MODEL = CpuPower("test CPU", 4, 10.0, 50.0, 2.0, 0.6, 0.5, 1.5, "test CPU")
@@ -22,7 +23,12 @@ MODEL = CpuPower("test CPU", 4, 10.0, 50.0, 2.0, 0.6, 0.5, 1.5, "test CPU")
 
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    for k in ("CUDA_VISIBLE_DEVICES", "JOULESMITH_IDLE_WATTS", "JOULESMITH_MAX_WATTS"):
+    for k in (
+        "CUDA_VISIBLE_DEVICES",
+        "JOULESMITH_IDLE_WATTS",
+        "JOULESMITH_MAX_WATTS",
+        "JOULESMITH_METER",
+    ):
         monkeypatch.delenv(k, raising=False)
 
 
@@ -149,7 +155,7 @@ def test_measured_idle_gives_the_marginal(
     assert w.reading.marginal == pytest.approx(22.0)
 
 
-def test_counter_vanishing_mid_window_is_unknown(tmp_path: Path, now: list[float]) -> None:
+def test_package_vanishing_mid_window_is_modelled(tmp_path: Path, now: list[float]) -> None:
     f = rapl(tmp_path)
     m = EnergyMeter(rapl_root=tmp_path, nvml=FakeNvml(), cpu_model=MODEL)
     with m.window("w") as w:
@@ -157,13 +163,18 @@ def test_counter_vanishing_mid_window_is_unknown(tmp_path: Path, now: list[float
         f["dram"].write_text("1000000")
         f["package"].unlink()
     r = w.reading
-    assert r.joules == pytest.approx(1.0)
-    assert r.parts[0].joules is None
-    assert any(n.startswith("package-0: unknown") for n in r.notes)
-    f["dram"].unlink()
+    assert r.joules == pytest.approx(12.0) and r.pedigree == "modelled"
+    assert [p.device for p in r.parts] == ["cpu", "dram"]
+    assert "package-0: unknown in this window: modelled instead" in r.notes
+    zone(tmp_path / "intel-rapl:0", "package-0", MAX_UJ - 4_000_000)
     with m.window("w") as w:
         now[0] = 2.0
-    assert w.reading.joules is None
+        f["package"].write_text(str(MAX_UJ - 1_000_000))
+        f["dram"].unlink()
+    r = w.reading
+    assert r.joules == pytest.approx(3.0) and r.pedigree == "measured"
+    assert {p.device: p.joules for p in r.parts} == {"package-0": r.joules, "dram-0": None}
+    assert any(n.startswith("dram-0: unknown") for n in r.notes)
 
 
 def test_unreadable_rapl_is_modelled_with_the_reason(
@@ -187,12 +198,35 @@ def test_unreadable_rapl_is_modelled_with_the_reason(
     assert any("sudo chmod a+r" in n for n in w.reading.notes)
 
 
-def test_a_counter_that_has_not_moved_is_unknown_not_zero(tmp_path: Path, now: list[float]) -> None:
+@pytest.mark.parametrize("seconds", [0.0005, 10.0])
+def test_a_counter_that_has_not_moved_is_not_zero(
+    tmp_path: Path, now: list[float], seconds: float
+) -> None:
     rapl(tmp_path)
     m = EnergyMeter(rapl_root=tmp_path, nvml=FakeNvml(), cpu_model=MODEL)
     with m.window("w") as w:
-        now[0] = 0.0005
-    assert w.reading.joules is None
+        now[0] = seconds
+    assert w.reading.joules == pytest.approx(12 * seconds) and w.reading.pedigree == "modelled"
+    assert any("stands still" in n for n in w.reading.notes) == (seconds > 1)
+
+
+def test_cores_are_shown_within_their_package(tmp_path: Path, now: list[float]) -> None:
+    f = rapl(tmp_path)
+    core = zone(tmp_path / "intel-rapl:0:1", "core", 0)
+    m = EnergyMeter(rapl_root=tmp_path, nvml=FakeNvml(), cpu_model=MODEL)
+    with m.window("w") as w:
+        now[0] = 2.0
+        f["package"].write_text("26000000")
+        f["dram"].write_text("5000000")
+        core.write_text("20000000")
+    r = w.reading
+    assert r.joules == pytest.approx(35.0)
+    assert [(p.device, p.within) for p in r.parts] == [
+        ("package-0", None),
+        ("dram-0", None),
+        ("core-0", "package-0"),
+    ]
+    assert r.parts[-1].joules == pytest.approx(20.0)
 
 
 def test_gpu_adds_to_the_processor(tmp_path: Path, now: list[float]) -> None:
@@ -288,7 +322,10 @@ def test_sampler_follows_a_wrapping_counter(tmp_path: Path) -> None:
             f.write_text(str(value))
             expected += 0.6
             deadline = time.monotonic() + 5
-            while m._rapl._last["package-0"] != value and time.monotonic() < deadline:
+            while (
+                round(m._rapl._tallies["package-0"]._raw * 1e6) != value
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.001)
     assert w.reading.joules == pytest.approx(expected)
 
@@ -333,9 +370,124 @@ def test_sums_stay_sound(devices: list[tuple[float, float, float]], seconds: flo
 
 @given(st.none() | positive, st.floats(0, 1e4), st.floats(1e-3, 0.1))
 def test_a_counters_interval_holds_it(joules: float | None, seconds: float, step: float) -> None:
-    p = _measured("d", joules, seconds, step, 0.05, "s")
+    counts = {} if joules is None else {"d": Count(joules, variance=joules, missing=joules)}
+    start, end = Snapshot(0.0, 0.0, 0.0, {"d": Count(0.0)}), Snapshot(seconds, 0.0, 0.0, counts)
+    p, _ = _measured(Device("d", "s", step, 0.05), start, end, seconds)
     if p.joules is None:
         assert p.low is None and p.high is None and p.pedigree is None
     else:
         assert p.low is not None and p.high is not None
         assert 0 <= p.low <= p.joules <= p.high
+
+
+def test_given_idle_power_gives_the_marginal(tmp_path: Path, now: list[float]) -> None:
+    f = rapl(tmp_path)
+    m = EnergyMeter(rapl_root=tmp_path, nvml=FakeNvml(), cpu_model=MODEL, idle_watts=5.0)
+    assert m.idle_watts == 5.0
+    with m.window("w") as w:
+        now[0] = 2.0
+        f["package"].write_text("26000000")
+        f["dram"].write_text("5000000")
+    assert (w.reading.joules, w.reading.marginal) == pytest.approx((35.0, 25.0))
+    with m.window("w") as w:
+        now[0] = 4.0
+        f["package"].write_text("27000000")
+        f["dram"].write_text("6000000")
+    assert w.reading.marginal == 0.0
+    with pytest.raises(JoulesmithError, match="idle watts"):
+        modelled(tmp_path, idle_watts=-1.0)
+
+
+def wall(path: Path, watts: object) -> None:
+    path.write_text(f"{watts}\n")
+
+
+def test_an_external_meter_gives_the_joules(
+    tmp_path: Path, now: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    f = tmp_path / "watts"
+    wall(f, 80)
+    monkeypatch.setenv("JOULESMITH_METER", f"file:{f}")
+    m = modelled(tmp_path)
+    monkeypatch.setattr(meter_module.time, "sleep", lambda s: now.__setitem__(0, now[0] + s))
+    m.measure_idle(2.0)
+    assert m.idle_watts == pytest.approx(80, rel=0.01)
+    wall(f, 80)
+    with m.window("w") as w:
+        now[:] = [now[0] + 4.0, 8.0, 8.0]
+        wall(f, 120)
+    r = w.reading
+    assert r.joules == pytest.approx(400, rel=0.01) and r.pedigree == "measured"
+    assert r.marginal == pytest.approx(80, rel=0.05)
+    assert r.machine is not None and r.machine.joules == r.joules
+    assert [p.device for p in r.parts] == ["cpu", "dram"]
+    assert any("whole machine's" in n for n in r.notes) and "external meter" in m.source
+    # Half of 40 W over 4 s was never seen, so it is inside the interval.
+    assert (r.high or 0) - r.joules >= 80
+    sound(r)
+    with m.window("w") as w:
+        now[0] += 60.0
+    r = w.reading
+    assert r.machine is None and r.pedigree == "modelled"
+    assert any("gave nothing" in n for n in r.notes)
+
+
+def test_a_battery_stays_beside_the_sum(tmp_path: Path, now: list[float]) -> None:
+    b = tmp_path / "supply" / "BAT0"
+    b.mkdir(parents=True)
+    for name, text in {"type": "Battery", "status": "Discharging", "power_now": "20000000"}.items():
+        (b / name).write_text(text)
+    f = rapl(tmp_path)
+    m = EnergyMeter(
+        rapl_root=tmp_path, supply_root=b.parent, nvml=FakeNvml(), cpu_model=MODEL, interval=60
+    )
+    with m.window("w") as w:
+        now[0] = 9.0
+        f["package"].write_text("26000000")
+        f["dram"].write_text("5000000")
+    r = w.reading
+    assert r.joules == pytest.approx(35.0)
+    assert r.machine is not None and r.machine.device == "battery"
+    assert r.machine.joules == pytest.approx(180.0) and r.machine.pedigree == "measured"
+    with m.window("w") as w:
+        now[0] = 18.0
+        (b / "status").write_text("Charging")
+        m.total  # noqa: B018 - it is seen on mains
+        (b / "status").write_text("Discharging")
+        now[0] = 27.0
+    assert w.reading.machine is None
+    assert any("battery: counting was interrupted" in n for n in w.reading.notes)
+
+
+def test_device_memory(tmp_path: Path, now: list[float]) -> None:
+    b = FakeBoard(energy=1_000, power=200_000, used=3_000)
+    m = EnergyMeter(rapl_root=tmp_path, nvml=FakeNvml(b), cpu_model=MODEL)
+    with m.window("w") as w:
+        b.used = 9_000
+        with m.window("inner"):
+            pass
+        b.used = 4_000
+    assert w.reading.device_memory_bytes == 9_000
+    assert any("does not say how much is ours" in n for n in w.reading.notes)
+    b.used = RuntimeError("no permission")
+    with m.window("w") as w:
+        pass
+    assert w.reading.device_memory_bytes is None
+    assert modelled(tmp_path).total.device_memory_bytes is None
+
+
+def test_the_sampler_slows_down_where_looking_is_dear(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    class Stop:
+        def wait(self, seconds: float) -> bool:
+            waits.append(seconds)
+            return len(waits) > 3
+
+    clock = iter([0.0, 0.0001, 1.0, 1.02, 2.0, 99.0])
+    m = modelled(tmp_path)
+    monkeypatch.setattr(meter_module.time, "thread_time", lambda: next(clock))
+    m._sample(Stop())  # type: ignore[arg-type]
+    assert waits == pytest.approx([0.3, 0.3, 0.02 / 0.004, 5.0])

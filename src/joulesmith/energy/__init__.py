@@ -9,7 +9,8 @@ from joulesmith.energy.reading import Part, Reading
 if TYPE_CHECKING:
     from joulesmith.energy.carbon import GridRow, PriceRow, cost, emission, grid, price
     from joulesmith.energy.cpu_power import CpuPower
-    from joulesmith.energy.meter import EnergyMeter, Window
+    from joulesmith.energy.meter import EnergyMeter
+    from joulesmith.energy.window import Window
 
 __all__ = [
     "CpuPower",
@@ -28,7 +29,7 @@ __all__ = [
 _HOMES = {
     "CpuPower": "cpu_power",
     "EnergyMeter": "meter",
-    "Window": "meter",
+    "Window": "window",
     "GridRow": "carbon",
     "PriceRow": "carbon",
     "grid": "carbon",

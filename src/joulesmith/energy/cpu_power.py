@@ -1,49 +1,63 @@
 """The power model of processor and memory, for machines without counters.
 
-    P = share * sockets' (idle + (max - idle) * g(load)) + DRAM, watts
-    g(load) = load ** exponent, load = busy CPU seconds / (seconds * CPUs), 0..1
+    P = share * sockets * (idle + (max - idle) * g(load)) + DRAM per GiB + traffic, watts
+    load = busy CPU seconds / (seconds * CPUs), 0..1
 
-Knows watts; knows no processes and no windows. Idle and maximum are fractions of
-TDP; the fractions and the exponent are fitted by ``benchmarks/fit_cpu_power.py``
-on 115 servers of SPECpower_ssj2008 (2016 and later, at the wall) and on RAPL
-sweeps of two processors, each kind of source counting the same. Error of g: 0.13
-on servers left out, 0.16 to 0.31 on a processor left out (mean absolute).
+Knows watts; knows no processes and no windows. Curve and ends: `power_curve`.
 
-Share. A virtual machine holds CPUs / (cores * threads) of a socket. There the
-exponent is 1: a guest moves its host's load by little, and a curve's small piece
-is a line, so joules above idle are proportional to CPU seconds. A guest's CPU may
-be a hardware thread or a whole core; where the guest cannot tell, a thread is
-taken and the upper end of the interval covers the core.
+Boundary. ``package`` (the default) is the processor packages, and memory beside
+them: what RAPL counts where it exists. ``wall`` is all that the plug sees but GPUs.
+Watts that the user gives are taken to be of the wall, with memory in them.
+
+Share. A virtual machine holds CPUs / (cores * threads) of a socket. There the curve
+is a line: a guest moves its host's load by little, and a curve's small piece is a
+line, so joules above idle are proportional to CPU seconds. A guest's CPU may be a
+hardware thread or a whole core; where the guest cannot tell, a thread is taken and
+the upper end of the interval covers the core.
 
 Whose joules. `Energy.joules` is what this machine drew for the processes watched:
 the idle draw of the window less the part of the machine that others kept busy,
 plus their CPU-time share of the draw above idle. `Energy.marginal` is only the
 latter. Alone on the machine, the processes are charged all of it.
-
-Boundary: processor packages and memory. Fans, disks and the power supply's loss
-are outside, as they are for RAPL.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from joulesmith.energy.cpus import Cpu, CpuRow, fall_back, identify, look_up
+from joulesmith.energy.power_curve import (
+    LINE,
+    PACKAGE,
+    WALL,
+    Boundary,
+    Curve,
+    package_ends,
+    wall_class,
+)
 from joulesmith.errors import JoulesmithError
 
-EXPONENT = 0.61
-IDLE_FRACTION = 0.13
-MAX_FRACTION = 0.73
 DRAM_WATTS_PER_GIB = 0.1
 """Large DIMMs (5 to 8 W for 64 to 128 GB). Published constants of 0.28 to 0.39 W/GB
 come from small ones; the interval reaches up to them."""
 _DRAM_LOW, _DRAM_HIGH = 0.5, 3.9
+DRAM_JOULES_PER_BYTE = 160e-12
+"""DDR4: 20 pJ/bit, array and interface; devices of 7 (LPDDR) to 29 pJ/bit are published."""
+_TRAFFIC_LOW, _TRAFFIC_HIGH = 0.35, 1.45
 _SIZE_EXPONENT = 0.55
 """Within a generation TDP grows with about the root of the cores (Xeon, EPYC lists)."""
-_ERROR_TDP, _ERROR_COARSE, _ERROR_GIVEN = 0.50, 0.70, 0.15
+_ERROR_TDP, _ERROR_COARSE, _ERROR_GIVEN, _ERROR_GIVEN_PACKAGE = 0.50, 0.70, 0.15, 0.30
+"""Measured by ``benchmarks/power_model.py``, but for coarse rows. A package's curve hangs
+on how its load is made, hence the wider interval of its known ends."""
+_ERROR_GIVEN_UNSEEN = 0.25
+"""A maker whose machines were not fitted: the other maker's curve misses by 14 %."""
+_HIGH_DESKTOP = 2.2
+"""Boards let desktop processors draw about twice their TDP: a Core i9-12900K of 125 W up
+to 241 W without a limit of time."""
 IDLE_ENV, MAX_ENV = "JOULESMITH_IDLE_WATTS", "JOULESMITH_MAX_WATTS"
+TDP_ENV = "JOULESMITH_TDP_WATTS"
 
 
 @dataclass(frozen=True)
@@ -61,9 +75,11 @@ class CpuPower:
     """Watts of this machine's processor and memory. Build with `CpuPower.detect`.
 
     name: the processor as found. cpus: logical processors.
-    idle_watts, max_watts: processor, this machine's share of it.
+    idle_watts, max_watts: of the boundary, this machine's share of it.
     dram_watts: memory, 0 where the other two already hold it.
-    low, high: factors on joules, the 90 % interval of the processor.
+    exponent, jump, bend: see `power_curve.Curve`.
+    low, high: factors on joules, the 90 % interval.
+    boundary: what the watts are of; "package" or "wall".
     """
 
     name: str
@@ -76,15 +92,23 @@ class CpuPower:
     high: float
     source: str
     notes: tuple[str, ...] = ()
+    jump: float = 0.0
+    bend: float = 0.0
+    boundary: Boundary = "package"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.idle_watts <= self.max_watts:
+        # A maximum of 0 W would print joules of 0 for work that was done.
+        if not (0 <= self.idle_watts <= self.max_watts < math.inf and self.max_watts > 0):
             raise JoulesmithError(
-                f"idle watts must lie between 0 and max watts: {self.idle_watts:g} and "
-                f"{self.max_watts:g} W"
+                "idle watts must lie between 0 and max watts, max above 0: "
+                f"{self.idle_watts:g} and {self.max_watts:g} W"
             )
-        if not (0 < self.low <= 1 <= self.high and self.cpus > 0 and 0 < self.exponent <= 1):
-            raise JoulesmithError("CPU power model: cpus, exponent or interval out of range")
+        if not (0 < self.low <= 1 <= self.high and self.cpus > 0 and self.dram_watts >= 0):
+            raise JoulesmithError("CPU power model: cpus, memory or interval out of range")
+        try:
+            Curve(self.exponent, self.jump, self.bend)
+        except ValueError as e:
+            raise JoulesmithError(f"CPU power model: {e}") from None
 
     @classmethod
     def detect(
@@ -92,6 +116,8 @@ class CpuPower:
         idle_watts: float | None = None,
         max_watts: float | None = None,
         *,
+        tdp_watts: float | None = None,
+        boundary: Boundary | None = None,
         cpu: Cpu | None = None,
         memory_bytes: int | None = None,
     ) -> CpuPower:
@@ -99,53 +125,208 @@ class CpuPower:
 
         idle_watts, max_watts: the machine's own draw without GPUs if you know it (a
         plug meter); default the environment's ``JOULESMITH_IDLE_WATTS`` and
-        ``JOULESMITH_MAX_WATTS``. With both, memory is inside them and the interval
-        is +-15 %. cpu, memory_bytes: default this machine's.
+        ``JOULESMITH_MAX_WATTS``, then what ``joulesmith calibrate-power`` has stored.
+        With both, memory is inside them and the interval is +-15 %.
+        tdp_watts: of one socket; default ``JOULESMITH_TDP_WATTS``, then the table.
+        boundary: of the figures to come and of the watts given; default "wall" where
+        watts of the machine are known, else "package".
+        cpu, memory_bytes: default this machine's.
         Raises `JoulesmithError` when a given value is not a number of watts.
         """
-        idle = _given(idle_watts, IDLE_ENV)
-        top = _given(max_watts, MAX_ENV)
+        idle, top = _given(idle_watts, IDLE_ENV), _given(max_watts, MAX_ENV)
+        tdp = _given(tdp_watts, TDP_ENV)
         cpu = cpu or identify()
-        if idle is not None and top is not None:
-            return cls(
-                name=cpu.name,
-                cpus=cpu.cpus,
-                idle_watts=idle,
-                max_watts=top,
-                dram_watts=0.0,
-                exponent=_exponent(cpu, 1.0),
-                low=1 - _ERROR_GIVEN,
-                high=1 + _ERROR_GIVEN,
-                source=f"idle {idle:g} W and maximum {top:g} W as given, by CPU time",
-            )
+        size = _memory() if memory_bytes is None else memory_bytes
         row = look_up(cpu) or fall_back(cpu)
+        if idle is not None and top is not None:
+            return cls._known(cpu, row, idle, top, boundary or "wall", memory_bytes=size)
+        if tdp is not None:
+            row = replace(row, tdp=tdp, coarse=False, exact=True, source="as given")
+        if idle is not None or top is not None:
+            return cls._estimate(cpu, row, boundary or "wall", size, idle, top)
+        why = ""
+        if boundary != "package":
+            from joulesmith.energy import calibrate_power
+
+            stored, why = calibrate_power.recall(cpu)
+            if stored is not None:
+                idle, top, curve = stored.idle_watts, stored.max_watts, stored.curve
+                known = cls._known(cpu, row, idle, top, "wall", curve=curve)
+                return replace(known, source=stored.source)
+        model = cls._estimate(cpu, row, boundary or "package", size)
+        return replace(model, notes=(why, *model.notes)) if why else model
+
+    @classmethod
+    def _known(
+        cls,
+        cpu: Cpu,
+        row: CpuRow,
+        idle: float,
+        top: float,
+        boundary: Boundary,
+        *,
+        curve: Curve | None = None,
+        memory_bytes: int = 0,
+    ) -> CpuPower:
+        """From both ends, with the curve of this kind of machine unless it is given."""
+        wall = wall_class(cpu.vendor, row.kind, max(1, cpu.cores // cpu.sockets))
+        if boundary == "wall" and curve is None and cpu.virtual:
+            curve = WALL["any"].curve  # any host's
+        model = cls.from_ends(
+            idle,
+            top,
+            cpus=cpu.cpus,
+            boundary=boundary,
+            curve=curve or (PACKAGE if boundary == "package" else wall.curve),
+            memory_bytes=memory_bytes,
+        )
+        model = replace(model, name=cpu.name)
+        if boundary == "wall" and curve is None and wall is WALL["any"]:
+            note = "how power rises with load was not measured for this maker of processors"
+            error = _ERROR_GIVEN_UNSEEN
+            return replace(model, low=1 - error, high=1 + error, notes=(note,))
+        return model
+
+    @classmethod
+    def _estimate(
+        cls,
+        cpu: Cpu,
+        row: CpuRow,
+        boundary: Boundary,
+        memory_bytes: int,
+        idle: float | None = None,
+        top: float | None = None,
+    ) -> CpuPower:
+        """From the TDP, and one of the two ends where it is known."""
         share, tdp, ambiguous, notes = _slice(cpu, row)
+        model = cls.from_tdp(
+            tdp,
+            sockets=share,
+            cpus=cpu.cpus,
+            vendor=cpu.vendor,
+            kind=row.kind,
+            cores_per_socket=row.cores if cpu.virtual else max(1, cpu.cores // cpu.sockets),
+            boundary=boundary,
+            memory_bytes=memory_bytes,
+        )
         error = _ERROR_COARSE if row.coarse else _ERROR_TDP
-        high = math.log(1 + error)
+        high = math.log(max(1 + error, model.high))
         if ambiguous:
             # Independent errors: factors combine as their logarithms, in quadrature.
             high = math.hypot(high, math.log(2.0))
-        if idle is not None or top is not None:
-            notes.append(f"only one of {IDLE_ENV} and {MAX_ENV} is known; the other is estimated")
-        low_w = IDLE_FRACTION * tdp * share if idle is None else idle
-        top_w = MAX_FRACTION * tdp * share if top is None else top
         # One estimated end must not cross the given one.
-        low_w = min(low_w, top_w) if idle is None else low_w
-        top_w = max(low_w, top_w) if top is None else top_w
-        size = _memory() if memory_bytes is None else memory_bytes
-        where = f"{cpu.cpus} CPUs of a virtual machine" if cpu.virtual else f"{cpu.sockets} socket"
-        return cls(
+        low_w = min(model.idle_watts, top or math.inf) if idle is None else idle
+        top_w = max(low_w, model.max_watts) if top is None else top
+        line = LINE if cpu.virtual and share <= 1.0 else model.curve
+        said = [
+            f"{row.name}, TDP {tdp:.0f} W a socket ({row.source})",
+            f"{cpu.cpus} CPUs of a virtual machine" if cpu.virtual else f"{cpu.sockets} socket",
+            "at the wall" if boundary == "wall" else "processor packages only",
+        ]
+        if idle is not None or top is not None:
+            which, watts = ("idle", idle) if idle is not None else ("maximum", top)
+            said.append(f"{which} {watts:g} W as given")
+            notes.append(f"only one of {IDLE_ENV} and {MAX_ENV} is known; the other is estimated")
+        return replace(
+            model,
             name=row.name,
-            cpus=cpu.cpus,
             idle_watts=low_w,
             max_watts=top_w,
-            dram_watts=DRAM_WATTS_PER_GIB * size / 2**30,
-            exponent=_exponent(cpu, share),
+            exponent=line.exponent,
+            jump=line.jump,
+            bend=line.bend,
             low=1 - error,
             high=math.exp(high),
-            source=f"{row.name}, TDP {tdp:.0f} W a socket ({row.source}), {where}, by CPU time",
+            source=", ".join([*said, "by CPU time"]),
             notes=tuple(notes),
         )
+
+    @classmethod
+    def from_ends(
+        cls,
+        idle_watts: float,
+        max_watts: float,
+        *,
+        cpus: int = 1,
+        boundary: Boundary = "wall",
+        curve: Curve | None = None,
+        vendor: str = "",
+        kind: str = "server",
+        cores_per_socket: int | None = None,
+        memory_bytes: int = 0,
+    ) -> CpuPower:
+        """A machine of which idle and full-load watts are known: +-15 %, a package +-30 %.
+
+        boundary: of the two numbers; at the wall they hold memory, else memory_bytes
+        adds its draw. curve: default by vendor, kind and cores_per_socket at the wall
+        (see `power_curve.wall_class`), one for all packages.
+        Raises `JoulesmithError` unless 0 <= idle_watts <= max_watts.
+        """
+        if curve is None:
+            wall = wall_class(vendor, kind, cores_per_socket)
+            curve = PACKAGE if boundary == "package" else wall.curve
+        error = _ERROR_GIVEN if boundary == "wall" else _ERROR_GIVEN_PACKAGE
+        return cls(
+            name="machine",
+            cpus=cpus,
+            idle_watts=idle_watts,
+            max_watts=max_watts,
+            dram_watts=_dram_watts(boundary, memory_bytes),
+            exponent=curve.exponent,
+            low=1 - error,
+            high=1 + error,
+            source=f"idle {idle_watts:g} W and maximum {max_watts:g} W as given, by CPU time",
+            jump=curve.jump,
+            bend=curve.bend,
+            boundary=boundary,
+        )
+
+    @classmethod
+    def from_tdp(
+        cls,
+        tdp_watts: float,
+        *,
+        boundary: Boundary,
+        sockets: float = 1,
+        cpus: int = 1,
+        vendor: str = "",
+        kind: str = "server",
+        cores_per_socket: int | None = None,
+        memory_bytes: int = 0,
+    ) -> CpuPower:
+        """A machine of which only the TDP of a socket is known, +-50 %.
+
+        boundary: what to estimate: "package", the processors as RAPL counts them
+        (memory_bytes adds memory's draw), or "wall", the whole machine (memory is in
+        it). sockets: number, or a share of one. vendor, kind, cores_per_socket: see
+        `power_curve.wall_class`.
+        Raises `JoulesmithError` when the watts are no number of watts.
+        """
+        if not (math.isfinite(tdp_watts) and tdp_watts > 0):
+            raise JoulesmithError(f"TDP must be a number of watts above 0: {tdp_watts:g}")
+        wall = wall_class(vendor, kind, cores_per_socket)
+        idle, top = (wall.idle, wall.max) if boundary == "wall" else package_ends(kind)
+        curve = wall.curve if boundary == "wall" else PACKAGE
+        above = kind == "desktop" and boundary == "package"
+        return cls(
+            name="processor",
+            cpus=cpus,
+            idle_watts=idle * tdp_watts * sockets,
+            max_watts=top * tdp_watts * sockets,
+            dram_watts=_dram_watts(boundary, memory_bytes),
+            exponent=curve.exponent,
+            low=1 - _ERROR_TDP,
+            high=_HIGH_DESKTOP if above else 1 + _ERROR_TDP,
+            source=f"TDP {tdp_watts:g} W a socket, by CPU time",
+            jump=curve.jump,
+            bend=curve.bend,
+            boundary=boundary,
+        )
+
+    @property
+    def curve(self) -> Curve:
+        """The share of the draw above idle by load."""
+        return Curve(self.exponent, self.jump, self.bend)
 
     @property
     def machine_idle_watts(self) -> float:
@@ -176,13 +357,21 @@ class CpuPower:
         joules = marginal + self.idle_watts * (1.0 - others) * seconds
         return Energy(joules, marginal, joules * self.low, joules * self.high)
 
-    def dram(self, seconds: float, others: float = 0.0) -> Energy:
-        """Memory's joules over a window: refresh and standby, so all of it is idle draw."""
-        joules = self.dram_watts * (1.0 - min(1.0, max(0.0, others))) * max(0.0, seconds)
-        return Energy(joules, 0.0, joules * _DRAM_LOW, joules * _DRAM_HIGH)
+    def dram(self, seconds: float, others: float = 0.0, traffic_bytes: float = 0.0) -> Energy:
+        """Memory's joules over a window.
+
+        Refresh and standby are idle draw; traffic_bytes, read and written by the
+        processes watched where somebody knows them, come on top and are marginal.
+        """
+        seconds, moved = max(0.0, seconds), max(0.0, traffic_bytes) * DRAM_JOULES_PER_BYTE
+        if self.boundary == "wall":
+            return Energy(0.0, 0.0, 0.0, 0.0)  # inside the processor's figure
+        idle = self.dram_watts * (1.0 - min(1.0, max(0.0, others))) * seconds
+        low = idle * _DRAM_LOW + moved * _TRAFFIC_LOW
+        return Energy(idle + moved, moved, low, idle * _DRAM_HIGH + moved * _TRAFFIC_HIGH)
 
     def _dynamic(self, load: float) -> float:
-        return (self.max_watts - self.idle_watts) * math.pow(load, self.exponent)
+        return (self.max_watts - self.idle_watts) * self.curve(load)
 
 
 def _given(value: float | None, env: str) -> float | None:
@@ -199,8 +388,8 @@ def _given(value: float | None, env: str) -> float | None:
     return value
 
 
-def _exponent(cpu: Cpu, share: float) -> float:
-    return 1.0 if cpu.virtual and share <= 1.0 else EXPONENT
+def _dram_watts(boundary: Boundary, memory_bytes: int) -> float:
+    return DRAM_WATTS_PER_GIB * memory_bytes / 2**30 if boundary == "package" else 0.0
 
 
 def _slice(cpu: Cpu, row: CpuRow) -> tuple[float, float, bool, list[str]]:
@@ -209,7 +398,8 @@ def _slice(cpu: Cpu, row: CpuRow) -> tuple[float, float, bool, list[str]]:
     if not cpu.virtual:
         # The table holds the top product; the cores here tell how far below it this one is.
         real = max(1, cpu.cores // cpu.sockets)
-        tdp = row.tdp * (real / row.cores) ** _SIZE_EXPONENT if row.kind == "server" else row.tdp
+        scale = row.kind == "server" and not row.exact
+        tdp = row.tdp * (real / row.cores) ** _SIZE_EXPONENT if scale else row.tdp
         return float(cpu.sockets), tdp, False, notes
     ambiguous = row.threads_per_core > 1 and cpu.threads_per_core == 1
     if ambiguous:

@@ -79,6 +79,8 @@ class ProcessTree:
     def __init__(self, pids: Iterable[int] | None = None) -> None:
         self.pids = tuple(dict.fromkeys(pids)) if pids is not None else (os.getpid(),)
         self._last: dict[int, float] = {}
+        self.alive: tuple[int, ...] = self.pids
+        """Roots and descendants as `seconds` last saw them."""
 
     def seconds(self) -> float | None:
         """Seconds of user and system time so far; ``None`` when no root was ever readable."""
@@ -95,6 +97,7 @@ class ProcessTree:
                 value = self._last[pid] = max(value, self._last.get(pid, 0.0))
             if value is not None:
                 total, known = total + value, True
+        self.alive = tuple(seen)
         return total if known else None
 
     def _root(self, pid: int, seen: set[int]) -> float | None:
@@ -118,6 +121,24 @@ class ProcessTree:
         if own is None:
             return None
         return own + _reaped(pid) + sum(self._below(c, seen) for c in _children(pid))
+
+
+class Descendants(ProcessTree):
+    """CPU seconds of all that this process starts, its own left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = ()
+
+    def seconds(self) -> float | None:
+        """Seconds of user and system time of living and collected descendants so far."""
+        seen: set[int] = set()
+        # Collecting a child moves its time from one term to the other, cut to ticks in
+        # the first: never go back.
+        value = _own_reaped() + sum(self._below(c, seen) for c in _children(os.getpid()))
+        value = self._last[0] = max(value, self._last.get(0, 0.0))
+        self.alive = tuple(seen)
+        return value
 
 
 def _own_reaped() -> float:

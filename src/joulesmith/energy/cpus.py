@@ -1,7 +1,8 @@
 """Which processor this is, and what the table says of it. Knows no power model.
 
-A virtual machine hides the exact product but not its family and model numbers,
-and those name the generation, hence its watts per core.
+A virtual machine often hides the exact product but not its family and model numbers,
+and those name the generation, hence its watts per core. ``data/cpu_products.csv`` holds
+common products by name, ``data/cpus.csv`` the top product of each generation.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ class Cpu:
 
 @dataclass(frozen=True)
 class CpuRow:
-    """One socket: physical cores, threads a core, TDP in watts; ``coarse`` when a guess."""
+    """One socket: physical cores, threads a core, TDP in watts.
+
+    coarse: a guess. exact: of this very product, not of the top one of its generation.
+    """
 
     name: str
     cores: int
@@ -58,6 +62,7 @@ class CpuRow:
     kind: str
     coarse: bool
     source: str
+    exact: bool = False
 
 
 def _read(path: str | Path) -> str:
@@ -112,23 +117,50 @@ def identify(cpuinfo: str | None = None, board: str | None = None) -> Cpu:
 
 
 def _without_cpuinfo(board: str) -> Cpu:
+    """macOS by ``sysctl``, Windows by the processor's identifier, others by what Python says."""
     import platform
-    import subprocess
 
     cpus = os.cpu_count() or 1
     name = platform.processor() or platform.machine() or "unknown"
     if sys.platform == "darwin":
-        # On failure the bare architecture still names a class.
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            name = subprocess.run(
-                ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"],
-                capture_output=True,
-                text=True,
-                timeout=2,
-                check=True,
-            ).stdout.strip()
-    vendor = "Apple" if name.startswith("Apple") else "unknown"
-    return Cpu(vendor, None, None, name, cpus, 1, cpus, 1, virtual=False, board=board)
+        told = _sysctl()
+        name = told.get("machdep.cpu.brand_string") or name
+        cores = min(cpus, _int(told.get("hw.physicalcpu")) or cpus)
+        sockets = max(1, _int(told.get("hw.packages")) or 1)
+        vendor = "Apple" if name.startswith("Apple") else told.get("machdep.cpu.vendor", "unknown")
+        family, model = (_int(told.get(f"machdep.cpu.{k}")) for k in ("family", "model"))
+        virtual = told.get("kern.hv_vmm_present") == "1"
+        return Cpu(
+            vendor, family, model, name, cpus, sockets, cores, max(1, cpus // cores), virtual, board
+        )
+    # Windows: "Intel64 Family 6 Model 158 Stepping 10, GenuineIntel".
+    if m := re.search(r"Family (\d+) Model (\d+).*?(\w+)$", name):
+        return Cpu(m[3], int(m[1]), int(m[2]), name, cpus, 1, cpus, 1, virtual=False, board=board)
+    return Cpu("unknown", None, None, name, cpus, 1, cpus, 1, virtual=False, board=board)
+
+
+def _sysctl() -> dict[str, str]:
+    """Names and values; what a machine does not know is left out, and all of it on failure."""
+    import subprocess
+
+    text = ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        # A name that this machine lacks makes the exit code, not the output, bad.
+        text = subprocess.run(
+            [
+                "/usr/sbin/sysctl",
+                "machdep.cpu",
+                "hw.physicalcpu",
+                "hw.packages",
+                "kern.hv_vmm_present",
+            ],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=2,
+            check=False,
+        ).stdout
+    return dict(re.findall(r"^([\w.]+): (.*)$", text, re.M))
 
 
 def _holds(spec: str, value: int | None) -> bool:
@@ -149,26 +181,53 @@ def _table() -> tuple[dict[str, str], ...]:
     return tuple(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
 
 
+@lru_cache(maxsize=1)
+def _products() -> tuple[dict[str, str], ...]:
+    file = resources.files("joulesmith.energy") / "data" / "cpu_products.csv"
+    return tuple(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+
+
 def look_up(cpu: Cpu) -> CpuRow | None:
-    """The first row that fits, or ``None``. Rows go from particular to general."""
+    """The very product where its name tells it, else the row of its generation, or ``None``.
+
+    Rows of generations go from particular to general; the first that fits is taken.
+    """
     text = f"{cpu.name} | {cpu.board}"
-    for r in _table():
-        if (
-            r["vendor"] == cpu.vendor
-            and _holds(r["family"], cpu.family)
-            and _holds(r["models"], cpu.model)
-            and (not r["match"] or re.search(r["match"], text))
-        ):
-            return CpuRow(
-                name=r["name"],
-                cores=int(r["cores"]),
-                threads_per_core=int(r["threads_per_core"]),
-                tdp=float(r["tdp_w"]),
-                kind=r["kind"],
-                coarse=r["coarse"] == "1",
-                source=r["source"],
-            )
+    return _product(cpu) or next((_row(r) for r in _table() if _fits(r, cpu, text)), None)
+
+
+def _product(cpu: Cpu) -> CpuRow | None:
+    name = cpu.name.lower()
+    for r in _products():
+        product = r["product"].lower()
+        # Neither "Gold 6230R" nor "E5-2620 v3" is a "Gold 6230" or an "E5-2620".
+        if r["vendor"] == cpu.vendor and product in name:
+            whole = rf"(?<![\w-]){re.escape(product)}(?![\w+-]| v\d)"
+            if re.search(whole, name):
+                return _row({**r, "name": r["product"], "coarse": "0"}, exact=True)
     return None
+
+
+def _fits(r: dict[str, str], cpu: Cpu, text: str) -> bool:
+    return (
+        r["vendor"] == cpu.vendor
+        and _holds(r["family"], cpu.family)
+        and _holds(r["models"], cpu.model)
+        and (not r["match"] or re.search(r["match"], text) is not None)
+    )
+
+
+def _row(r: dict[str, str], exact: bool = False) -> CpuRow:
+    return CpuRow(
+        name=r["name"],
+        cores=int(r["cores"]),
+        threads_per_core=int(r["threads_per_core"]),
+        tdp=float(r["tdp_w"]),
+        kind=r["kind"],
+        coarse=r["coarse"] == "1",
+        source=r["source"],
+        exact=exact,
+    )
 
 
 def fall_back(cpu: Cpu) -> CpuRow:

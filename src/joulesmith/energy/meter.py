@@ -1,79 +1,62 @@
 """Windows of metering: what a span of a program cost in joules.
 
-Knows counters, the power model and windows; knows no language models.
+Knows sources, the power model and windows; knows no language models.
 
-Per device a counter beats the model: RAPL for processor and memory, NVML for
-GPUs. Without RAPL the processor and memory are modelled from the CPU seconds of
-the processes watched and their descendants (see `cpu_power` for whose joules
-those are). A counter counts the whole device, whoever used it, and a note says
-so when other processes were busy. A failing counter never stops the program
-being metered: it becomes a note.
+Per device a counter beats the model: RAPL for processor and memory, NVML for NVIDIA
+GPUs, Zeus for the rest. Where nothing counts the processor in a window, it and the
+memory are modelled from the CPU seconds of the processes watched and their
+descendants (see `cpu_power` for whose joules those are). A counter counts the whole
+device, whoever used it, and a note says so when other processes were busy. A
+battery or an external meter counts the whole machine and stays beside the sum; an
+external meter, which somebody asked for, gives the window's joules.
+
+A failing source never stops the program being metered: it becomes a note.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import sys
 import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
-from joulesmith.energy import nvml as _nvml
-from joulesmith.energy import rapl as _rapl
+from joulesmith.energy import external as _external
+from joulesmith.energy.battery import Battery
 from joulesmith.energy.cpu_power import CpuPower
 from joulesmith.energy.cpu_time import OthersLoad, ProcessTree, machine_busy
+from joulesmith.energy.memory import Resident
+from joulesmith.energy.nvml import Nvml
+from joulesmith.energy.rapl import Rapl
 from joulesmith.energy.reading import Part, Reading, worst
+from joulesmith.energy.source import Count, Device, Source, note
+from joulesmith.energy.window import Peaks, Window, metered
+from joulesmith.energy.zeus_extra import Zeus
+from joulesmith.errors import JoulesmithError
 
+F = TypeVar("F", bound=Callable[..., Any])
 _BUSY_OTHERS = 0.05
+_SHARE = 0.004
+"""Most of one CPU that the background thread takes: it slows down where a look is dear."""
+_SLOWEST = 5.0
+_SELDOM = 3
+"""Only power must be sampled often: counters, CPU time and memory keep marks of their own."""
 
 
 @dataclass(frozen=True)
-class _Snapshot:
+class Snapshot:
+    """One end of a window: clock, CPU seconds of ours and of the machine, counts."""
+
     t: float
     cpu: float | None
     busy: float | None
-    rapl: dict[str, float] = field(default_factory=dict)
-    gpu: dict[str, float] = field(default_factory=dict)
-    gpu_watts: dict[str, float] = field(default_factory=dict)
-
-
-class Window:
-    """A span being metered. A context manager; windows may nest and overlap, across threads."""
-
-    def __init__(self, meter: EnergyMeter, name: str) -> None:
-        self.name = name
-        self._meter = meter
-        self._start: _Snapshot | None = None
-        self._reading: Reading | None = None
-
-    def __enter__(self) -> Window:
-        self._reading = None
-        self._start = self._meter._snapshot(opening=True)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._start is None:
-            return
-        end = self._meter._snapshot(opening=False)
-        why = (f"the window ended by {kind.__name__}",) if kind is not None else ()
-        self._reading = self._meter._between(self._start, end, why)
-        self._start = None
-        self._meter._keep(self.name, self._reading)
-
-    @property
-    def reading(self) -> Reading:
-        """What the window cost. Raises RuntimeError while the window is open."""
-        if self._reading is None:
-            raise RuntimeError(f"window {self.name!r} is not closed yet: read it after the block")
-        return self._reading
+    counts: dict[str, Count] = field(default_factory=dict)
 
 
 class EnergyMeter:
@@ -84,97 +67,160 @@ class EnergyMeter:
                 ...
         w.reading.joules
 
-    pids: processes watched with their descendants; default this one.
-    rapl_root: powercap folder. nvml: an object like the ``pynvml`` module.
+    pids: processes watched with their descendants, or a `ProcessTree`; default this one.
+    rapl_root, supply_root: powercap and power_supply folders. nvml: an object like
+    the ``pynvml`` module.
     cpu_model: default `CpuPower.detect`, built when first needed.
-    interval: seconds between samples of the background thread, which runs inside
-    the ``with`` block; without it windows still work, except that power-only GPUs
-    are then seen at the two ends of a window.
-    Raises `JoulesmithError` only for a power given that is no number of watts.
+    interval: seconds between samples of power by the background thread (counters and
+    memory are looked at a third as often), which runs inside the ``with`` block and
+    slows down where it would take 0.4 % of a CPU; without it windows still work,
+    except that power and memory are then seen at their ends.
+    idle_watts: what all that is metered draws when idle, if you know it; see
+    `measure_idle`.
+    external: a meter at the wall, "file:PATH" or "command:PROGRAM" (see `external`);
+    default the environment's ``JOULESMITH_METER``.
+    synchronize: called before a window opens and closes, so that no work is left on
+    a GPU; default PyTorch's CUDA devices if the program uses them; False for none.
+    Raises `JoulesmithError` only for a power or an external meter that cannot be one.
     """
 
     def __init__(
         self,
-        pids: Iterable[int] | int | None = None,
+        pids: Iterable[int] | int | ProcessTree | None = None,
         *,
         rapl_root: Path | str | None = None,
+        supply_root: Path | str | None = None,
         nvml: Any = None,
         cpu_model: CpuPower | None = None,
         interval: float = 0.1,
+        idle_watts: float | None = None,
+        external: str | None = None,
+        synchronize: Callable[[], object] | Literal[False] | None = None,
     ) -> None:
         if not interval > 0:
             raise ValueError(f"interval must be above 0 seconds, got {interval}")
+        if idle_watts is not None and not (math.isfinite(idle_watts) and idle_watts >= 0):
+            raise JoulesmithError(f"idle watts must be 0 or more: {idle_watts}")
         self.interval = interval
         self.readings: dict[str, list[Reading]] = {}
         """Closed windows by name, in order of closing."""
         self._lock = threading.Lock()
-        self._tree = ProcessTree([pids] if isinstance(pids, int) else pids)
-        self._rapl = _rapl.Rapl(rapl_root)
-        self._nvml = _nvml.Nvml(nvml)
         self._model = CpuPower.detect() if cpu_model is None else cpu_model
+        self._external: _external.External | None = None
+        spec = external if external is not None else os.environ.get(_external.ENV, "").strip()
+        if spec:
+            self._external = _external.External(spec)
+        self._rapl = Rapl(rapl_root)
+        self._nvml = Nvml(nvml)
+        found: list[Source | None] = [
+            self._rapl,
+            self._nvml,
+            Zeus(),
+            Battery(supply_root),
+            self._external,
+        ]
+        self.sources: tuple[Source, ...] = tuple(s for s in found if s is not None)
+        """What is read, failed and empty sources included."""
+        self._notes: list[str] = []
+        self._synchronize = _cuda if synchronize is None else synchronize
+        if not isinstance(pids, ProcessTree):
+            pids = ProcessTree([pids] if isinstance(pids, int) else pids)
+        self._tree = pids
+        self._resident = Resident()
         self._others = OthersLoad(self._model.cpus)
+        self._given_idle = idle_watts
         self._idle: dict[str, float] = {}
+        self._spans: dict[object, Peaks] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._whole = self._spans["total"] = Peaks()
         self._first = self._snapshot(opening=True)
-        self._last: _Snapshot | None = None
+        self._last: Snapshot | None = None
 
     # ---- use
 
     def __enter__(self) -> EnergyMeter:
-        self._stop.clear()
         self._last = None
+        with self._lock:
+            self._whole = self._spans["total"] = Peaks()
         self._first = self._snapshot(opening=True)
-        self._thread = threading.Thread(target=self._sample, name="joulesmith-meter", daemon=True)
-        self._thread.start()
+        self._begin()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._last = self._snapshot(opening=False)
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=5.0)
-            self._thread = None
+        self._end()
+        with self._lock:
+            self._spans.pop("total", None)
 
     def close(self) -> None:
-        """Lets go of the GPU driver. For programs that make many meters."""
-        self._nvml.close()
+        """Lets go of drivers and threads. For programs that make many meters."""
+        self._end()
+        for source in self.sources:
+            source.close()
 
-    def window(self, name: str) -> Window:
+    def window(self, name: str = "window") -> Window:
         """A window to be entered with ``with``; its reading is also kept in `readings`."""
         return Window(self, name)
+
+    @overload
+    def measure(self, name: F) -> F: ...
+    @overload
+    def measure(self, name: str | None = None) -> Callable[[F], F]: ...
+    def measure(self, name: Any = None) -> Any:
+        """A decorator: each call in a window of its own, named ``name`` or as the function.
+
+        For functions, coroutines, generators and async generators; see `metered`.
+        """
+
+        def wrap(function: F) -> F:
+            label = name if isinstance(name, str) else getattr(function, "__qualname__", "call")
+            return metered(function, functools.partial(self.window, label))
+
+        return wrap(name) if callable(name) else wrap
 
     @property
     def total(self) -> Reading:
         """From entering (or making) the meter until its exit, or until now."""
-        return self._between(self._first, self._last or self._snapshot(opening=False), ())
+        last = self._last or self._snapshot(opening=False)
+        return self._between(self._first, last, (), self._whole)
 
     def measure_idle(self, seconds: float = 2.0) -> None:
         """Takes the counters' power over ``seconds`` as idle power; call when nothing runs.
 
         Without it the idle power of a counted device is unknown, and so is `Reading.marginal`.
         """
-        start = self._snapshot(opening=True)
-        time.sleep(seconds)
-        end = self._snapshot(opening=False)
-        with self._lock:
-            counted = {**_deltas(start.rapl, end.rapl), **self._gpus(start, end)}
-            for device, joules in counted.items():
-                if joules is not None and end.t > start.t:
-                    self._idle[device] = joules / (end.t - start.t)
+        began = self._thread is None
+        if began:
+            self._begin()
+        try:
+            start = self._snapshot(opening=True)
+            time.sleep(seconds)
+            end = self._snapshot(opening=False)
+        finally:
+            if began:
+                self._end()
+        span = end.t - start.t
+        for source in self.sources:
+            for device in source.devices:
+                part = _measured(device, start, end, span)[0]
+                if part.joules is not None and span > 0:
+                    self._idle[device.name] = part.joules / span
 
     @property
     def measures_cpu(self) -> bool:
-        """True where RAPL counts the processor, False where it is modelled."""
-        return bool(self._rapl.zones)
+        """True where the processor is counted, False where it is modelled."""
+        return any(d.cpu for d in self._summed())
 
     @property
     def idle_watts(self) -> float | None:
         """Machine's idle draw in watts, GPUs included; ``None`` when any part is unknown."""
-        parts = [self._idle.get(g.device) for g in self._nvml.gpus]
-        if self.measures_cpu:
-            parts += [self._idle.get(z.name) for z in self._rapl.zones]
-        else:
+        if self._given_idle is not None:
+            return self._given_idle
+        if self._external is not None and "machine" in self._idle:
+            return self._idle["machine"]
+        parts = [self._idle.get(d.name) for d in self._summed()]
+        if not self.measures_cpu:
             parts.append(self._model.machine_idle_watts)
         known = [p for p in parts if p is not None]
         return sum(known) if len(known) == len(parts) else None
@@ -182,47 +228,120 @@ class EnergyMeter:
     @property
     def max_watts(self) -> float | None:
         """Machine's draw with all CPUs busy, watts; ``None`` where it is not modelled."""
-        if self.measures_cpu or self._nvml.gpus:
-            return None
-        return self._model.machine_max_watts
+        return None if self._summed() else self._model.machine_max_watts
 
     @property
     def source(self) -> str:
         """How joules are got here, in a sentence."""
         said = []
-        if self.measures_cpu:
-            said.append("measured by RAPL: " + ", ".join(z.name for z in self._rapl.zones))
-        else:
+        if self._rapl.zones:
+            zones = ", ".join(z.name for z in self._rapl.zones if z.within is None)
+            said.append(f"measured by RAPL: {zones}")
+        if not self.measures_cpu:
             m = self._model
             said.append(
                 f"processor and memory modelled: {m.source}; interval x{m.low:.2g} to x{m.high:.2g}"
             )
-        for g in self._nvml.gpus:
-            how = "energy counter" if g.counts else "power samples"
-            said.append(f"{g.device} ({g.name}) measured by NVML {how}")
+        said += [
+            f"{g.device} ({g.name}) measured by NVML "
+            + ("energy counter" if g.counts else "power samples")
+            for g in self._nvml.gpus
+        ]
+        for s in self.sources:
+            if s not in (self._rapl, self._nvml) and s.devices:
+                what = "the whole machine" if s.whole_machine else ""
+                names = what or ", ".join(d.name for d in s.devices)
+                said.append(f"{names} measured by {s.devices[0].how}")
         return "; ".join(said)
+
+    # ---- for windows
+
+    def open(self, window: Window) -> Snapshot:
+        """Begins a window's span."""
+        self._settle()
+        with self._lock:
+            self._spans[window] = window.peaks
+        return self._snapshot(opening=True, fresh=window.peaks)
+
+    def shut(self, window: Window, start: Snapshot, why: tuple[str, ...]) -> Reading:
+        """Ends a window's span and keeps its reading."""
+        self._settle()
+        end = self._snapshot(opening=False)
+        with self._lock:
+            self._spans.pop(window, None)
+        reading = self._between(start, end, why, window.peaks)
+        with self._lock:
+            self.readings.setdefault(window.name, []).append(reading)
+        return reading
+
+    def _settle(self) -> None:
+        """Waits until the GPUs have done what they were given."""
+        if self._synchronize is False:
+            return
+        try:
+            self._synchronize()
+        except Exception as e:  # the program's own next call will raise it again
+            note(self._notes, f"GPU work could not be waited for: {e}")
+
+    # ---- the background
+
+    def _begin(self) -> None:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._sample, args=(self._stop,), name="joulesmith-meter", daemon=True
+        )
+        self._thread.start()
+
+    def _end(self) -> None:
+        self._stop.set()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join(timeout=5.0)
+
+    def _sample(self, stop: threading.Event) -> None:
+        """Keeps wraparounds, power, memory and others' load from being missed."""
+        power = [s for s in self.sources if s.samples]
+        least = self.interval if power else _SELDOM * self.interval
+        wait, turn = least, 0
+        while not stop.wait(wait):
+            begin = time.thread_time()
+            with suppress(Exception):  # metering must never end the program metered
+                for source in power:
+                    source.read(time.perf_counter())
+                if not power or turn % _SELDOM == 0:
+                    self._keep_up()
+            turn += 1
+            cost = time.thread_time() - begin
+            wait = max(least, min(_SLOWEST, cost / _SHARE))
+
+    def _keep_up(self) -> None:
+        self._rapl.read(time.perf_counter())
+        cpu, t = self._cpu(), time.perf_counter()
+        busy = machine_busy()
+        with self._lock:
+            self._others.add(t, busy, cpu)
+        self._look()
 
     # ---- readings
 
-    def _snapshot(self, opening: bool) -> _Snapshot:
+    def _snapshot(self, opening: bool, fresh: Peaks | None = None) -> Snapshot:
         """Own CPU seconds and the clock come nearest the window's inside: last when opening."""
         t, cpu = 0.0, None
-        if not opening:
+        if opening:
+            self._look(fresh)
+        else:
             cpu, t = self._cpu(), time.perf_counter()
         busy = machine_busy()
-        gpu, watts = {}, {}
-        zones = self._rapl.read()
-        for g in self._nvml.gpus:
-            joules = g.read(time.perf_counter())
-            if joules is not None:
-                gpu[g.device] = joules
-            if g.counts and (power := g.watts()) is not None:
-                watts[g.device] = power
+        counts: dict[str, Count] = {}
+        for source in self.sources:
+            counts.update(source.read(time.perf_counter()))
         if opening:
             cpu, t = self._cpu(), time.perf_counter()
+        else:
+            self._look()
         with self._lock:
             self._others.add(t, busy, cpu)
-        return _Snapshot(t, cpu, busy, zones, gpu, watts)
+        return Snapshot(t, cpu, busy, counts)
 
     def _cpu(self) -> float | None:
         try:
@@ -231,42 +350,51 @@ class EnergyMeter:
         except Exception:  # a process that ends while it is looked at
             return None
 
-    def _keep(self, name: str, reading: Reading) -> None:
+    def _look(self, fresh: Peaks | None = None) -> None:
+        """Shows the memory in use to every open span; ``fresh`` has not seen the past."""
         with self._lock:
-            self.readings.setdefault(name, []).append(reading)
+            pids = self._tree.alive
+        held, most = self._resident.look(pids)
+        device = self._nvml.memory(pids)
+        with self._lock:
+            for peaks in self._spans.values():
+                peaks.see(held if peaks is fresh else most, device)
 
-    def _sample(self) -> None:
-        """Keeps wraparounds, power integrals and others' load from being missed."""
-        while not self._stop.wait(self.interval):
-            try:
-                self._rapl.read()
-                for g in self._nvml.gpus:
-                    if not g.counts:
-                        g.read(time.perf_counter())
-                cpu, t = self._cpu(), time.perf_counter()
-                with self._lock:
-                    self._others.add(t, machine_busy(), cpu)
-            except Exception:  # metering must never end the program metered
-                continue
+    def _summed(self) -> list[Device]:
+        """Devices whose joules are added up."""
+        return [
+            d for s in self.sources if not s.whole_machine for d in s.devices if d.within is None
+        ]
 
-    def _between(self, a: _Snapshot, b: _Snapshot, why: tuple[str, ...]) -> Reading:
+    def _processors(self) -> set[str]:
+        return {d.name for d in self._summed() if d.cpu}
+
+    def _lost(self, parts: list[Part]) -> list[str]:
+        """Counted processors of which nothing is known in a window."""
+        processors = self._processors()
+        return [p.device for p in parts if p.device in processors and p.joules is None]
+
+    def _between(self, a: Snapshot, b: Snapshot, why: tuple[str, ...], peaks: Peaks) -> Reading:
         seconds = max(0.0, b.t - a.t)
         cpu = None if a.cpu is None or b.cpu is None else max(0.0, b.cpu - a.cpu)
         others = self._others_load(a, b)
         notes = list(why)
         parts: list[Part] = []
-        marginals: list[float | None] = []
-
-        if self.measures_cpu:
-            counted = _deltas(a.rapl, b.rapl)
-            for zone in self._rapl.zones:
-                joules = counted.get(zone.name)
-                part = _measured(
-                    zone.name, joules, seconds, _rapl.STEP_SECONDS, _rapl.RELATIVE_ERROR, "RAPL"
-                )
-                parts.append(part)
-                marginals.append(self._above_idle(zone.name, part.joules, seconds))
-            names = {z.name.split("-")[0] for z in self._rapl.zones}
+        machine: Part | None = None
+        for source in self.sources:
+            found = [_measured(d, a, b, seconds) for d in source.devices]
+            notes.extend(said for _, said in found if said)
+            if source.whole_machine:
+                known = [p for p, _ in found if p.joules is not None]
+                machine = known[0] if known else machine
+            else:
+                parts.extend(p for p, _ in found)
+        if lost := self._lost(parts):
+            notes.append(f"{', '.join(lost)}: unknown in this window: modelled instead")
+            parts = [p for p in parts if not _of_the_processor(p, self._processors())]
+        marginals = [self._above_idle(p, seconds) for p in parts if p.within is None]
+        if self.measures_cpu and not lost:
+            names = {d.name.split("-")[0] for d in self._rapl.devices if d.within is None}
             if names == {"package"}:
                 notes.append("memory is not counted: this machine has no RAPL zone for it")
             if others is not None and others > _BUSY_OTHERS:
@@ -275,31 +403,51 @@ class EnergyMeter:
                 )
         else:
             modelled, marginal = self._modelled(seconds, cpu, others or 0.0)
-            parts.extend(modelled)
+            parts = [*modelled, *parts]
             marginals.append(marginal)
             notes.extend(self._model.notes)
             if cpu is None:
                 notes.append("the CPU time of the processes watched is unknown")
             if others is not None and others > _BUSY_OTHERS:
                 notes.append(f"other processes took {others:.0%} of the CPU time and are left out")
-
-        for g, (device, joules) in zip(self._nvml.gpus, self._gpus(a, b).items(), strict=True):
-            how = "NVML energy counter" if g.counts else "NVML power samples"
-            part = _measured(device, joules, seconds, _nvml.STEP_SECONDS, _nvml.RELATIVE_ERROR, how)
-            parts.append(part)
-            marginals.append(self._above_idle(device, part.joules, seconds))
-            notes.extend(g.notes)
-
-        notes.extend(self._rapl.notes)
-        notes.extend(self._nvml.notes)
+        for source in self.sources:
+            notes.extend(source.notes)
+        notes.extend(self._notes)
         notes.extend(
             f"{p.device}: unknown in this window and not in the total"
             for p in parts
             if p.joules is None
         )
-        return _sum(parts, marginals, seconds, cpu, notes)
+        reading = _sum(parts, marginals, seconds, cpu, notes)
+        if self._external is not None:
+            reading = self._at_the_wall(reading, machine, seconds)
+        if self._given_idle is not None and reading.joules is not None:
+            above = reading.joules - self._given_idle * seconds
+            reading = replace(reading, marginal=max(0.0, above))
+        return replace(
+            reading,
+            machine=machine,
+            peak_memory_bytes=peaks.resident,
+            device_memory_bytes=peaks.device,
+        )
 
-    def _others_load(self, a: _Snapshot, b: _Snapshot) -> float | None:
+    def _at_the_wall(self, reading: Reading, machine: Part | None, seconds: float) -> Reading:
+        """The reading with the external meter's joules, where it knew them."""
+        if machine is None or machine.device != "machine":
+            said = "the external meter gave nothing for this window: joules are the devices'"
+            return replace(reading, notes=(*reading.notes, said))
+        said = "joules are the whole machine's, other processes included, by the external meter"
+        return replace(
+            reading,
+            joules=machine.joules,
+            low=machine.low,
+            high=machine.high,
+            pedigree=machine.pedigree,
+            marginal=self._above_idle(machine, seconds),
+            notes=(*reading.notes, said),
+        )
+
+    def _others_load(self, a: Snapshot, b: Snapshot) -> float | None:
         if b.busy is None or b.cpu is None:
             return None
         with self._lock:
@@ -319,39 +467,64 @@ class EnergyMeter:
             parts.append(Part("dram", d.joules, d.low, d.high, "modelled", source))
         return parts, e.marginal
 
-    def _gpus(self, a: _Snapshot, b: _Snapshot) -> dict[str, float | None]:
-        """Joules by GPU. A counter that has not moved yet gives way to the power at the ends."""
-        out: dict[str, float | None] = {}
-        for g in self._nvml.gpus:
-            joules = _deltas(a.gpu, b.gpu).get(g.device)
-            if joules == 0.0 and g.device in a.gpu_watts and g.device in b.gpu_watts:
-                watts = 0.5 * (a.gpu_watts[g.device] + b.gpu_watts[g.device])
-                joules = watts * max(0.0, b.t - a.t)
-            out[g.device] = joules
-        return out
-
-    def _above_idle(self, device: str, joules: float | None, seconds: float) -> float | None:
-        idle = self._idle.get(device)
-        if joules is None or idle is None:
+    def _above_idle(self, part: Part, seconds: float) -> float | None:
+        idle = self._idle.get(part.device)
+        if part.joules is None or idle is None:
             return None
-        return max(0.0, joules - idle * seconds)
+        return max(0.0, part.joules - idle * seconds)
 
 
-def _deltas(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
-    """Differences of cumulative joules for what both ends know; never negative."""
-    return {k: max(0.0, b[k] - a[k]) for k in b if k in a}
+def _cuda() -> None:
+    """Waits for PyTorch's work on every CUDA (or ROCm) device that this program uses."""
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    if cuda is None or not getattr(cuda, "is_initialized", bool)():
+        return
+    # Waiting for a device that has no context yet would make one, in its memory.
+    used = getattr(getattr(torch, "_C", None), "_cuda_hasPrimaryContext", None)
+    if used is None:
+        cuda.synchronize()
+        return
+    for index in range(cuda.device_count()):
+        if used(index):
+            cuda.synchronize(index)
 
 
-def _measured(
-    device: str, joules: float | None, seconds: float, step: float, error: float, source: str
-) -> Part:
-    """A counter's part: its interval is its relative error and one update step at either end."""
-    if joules is None or (joules == 0.0 and seconds < 2 * step):
-        # Not moved yet is not "no energy".
-        return Part(device, None, None, None, None, source)
-    edge = min(1.0, step / seconds) * joules if seconds > 0 else joules
-    half = math.hypot(error * joules, edge)
-    return Part(device, joules, max(0.0, joules - half), joules + half, "measured", source)
+def _of_the_processor(part: Part, processors: set[str]) -> bool:
+    """True for what the model of processor and memory stands in for."""
+    return bool({part.device, part.within} & processors) or part.device.startswith("dram")
+
+
+def _measured(d: Device, a: Snapshot, b: Snapshot, seconds: float) -> tuple[Part, str | None]:
+    """A device's part, and what is to be said about it.
+
+    Its interval is the device's relative error, one step of the counter at either end
+    and what sampling may have missed, in quadrature; upwards also what a restart lost.
+    """
+    unknown = Part(d.name, None, None, None, None, d.how, d.within)
+    start, end = a.counts.get(d.name), b.counts.get(d.name)
+    if start is None or end is None:
+        return unknown, None
+    if start.epoch != end.epoch:
+        return unknown, f"{d.name}: counting was interrupted in this window"
+    joules = max(0.0, end.joules - start.joules)
+    missing = max(0.0, end.missing - start.missing)
+    variance = max(0.0, end.variance - start.variance)
+    said = None
+    if joules == 0.0 and d.within is None:
+        # Not moved is not "no energy": in so short a window, or because it is stuck.
+        if seconds >= 2 * d.step:
+            said = f"{d.name}: the counter stands still"
+        if start.watts is None or end.watts is None or seconds <= 0:
+            return unknown, said
+        joules = 0.5 * (start.watts + end.watts) * seconds
+        variance += (0.5 * joules) ** 2 if said else 0.0
+        if joules == 0.0:
+            return unknown, said
+    edge = min(1.0, d.step / seconds) * joules if seconds > 0 else joules
+    half = math.hypot(d.error * joules, edge, math.sqrt(variance))
+    low, high = max(0.0, joules - half), joules + half + missing
+    return Part(d.name, joules, low, high, "measured", d.how, d.within), said
 
 
 def _sum(
@@ -362,7 +535,7 @@ def _sum(
     notes: list[str],
 ) -> Reading:
     """Adds what is known; devices' errors are independent, so half-widths add in quadrature."""
-    known = [p for p in parts if p.joules is not None]
+    known = [p for p in parts if p.joules is not None and p.within is None]
     joules = low = high = None
     if known:
         joules = math.fsum(p.joules or 0.0 for p in known)

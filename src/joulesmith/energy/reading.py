@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -12,7 +12,11 @@ _WORST: tuple[Pedigree, ...] = ("measured", "modelled", "assumed")
 
 @dataclass(frozen=True)
 class Part:
-    """One device's share of a `Reading`. ``joules`` in joules, ``None`` when unknown."""
+    """One device's share of a `Reading`. ``joules`` in joules, ``None`` when unknown.
+
+    within: the device whose joules already hold these ("core-0" is within
+    "package-0"), so that they are shown but not summed; ``None`` for the others.
+    """
 
     device: str
     joules: float | None
@@ -20,6 +24,7 @@ class Part:
     high: float | None
     pedigree: Pedigree | None
     source: str
+    within: str | None = None
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,13 @@ class Reading:
     low/high: 90 % interval of ``joules``.
     seconds:  wall time of the window. ``cpu_seconds``: CPU time of the processes watched.
     pedigree: the least sure pedigree among ``parts``.
+    parts:    by device; those with ``within`` unset add up to ``joules``, unless an
+              external meter was given: then ``joules`` are what that meter said.
+    machine:  the whole machine where something counts it (an external meter, a
+              battery); never added to the parts.
+    peak_memory_bytes:   most resident memory of the processes watched at one time;
+              pages that processes share count once for each.
+    device_memory_bytes: most GPU memory in use at one time.
     """
 
     joules: float | None
@@ -42,6 +54,9 @@ class Reading:
     cpu_seconds: float | None = None
     parts: tuple[Part, ...] = ()
     notes: tuple[str, ...] = ()
+    machine: Part | None = None
+    peak_memory_bytes: int | None = None
+    device_memory_bytes: int | None = None
 
     @property
     def watts(self) -> float | None:
@@ -51,12 +66,18 @@ class Reading:
         return self.joules / self.seconds
 
     def per(self, count: float) -> Reading:
-        """The same reading divided by ``count`` things (tokens, steps), seconds included."""
+        """The same reading divided by ``count`` things (tokens, steps), seconds included.
+
+        Peak memory is not divided: it is no sum over things.
+        """
         if count <= 0:
             raise ValueError(f"count must be positive, got {count}")
 
         def d(x: float | None) -> float | None:
             return None if x is None else x / count
+
+        def part(p: Part) -> Part:
+            return replace(p, joules=d(p.joules), low=d(p.low), high=d(p.high))
 
         return replace(
             self,
@@ -66,14 +87,26 @@ class Reading:
             high=d(self.high),
             marginal=d(self.marginal),
             cpu_seconds=d(self.cpu_seconds),
-            parts=tuple(
-                replace(p, joules=d(p.joules), low=d(p.low), high=d(p.high)) for p in self.parts
-            ),
+            parts=tuple(part(p) for p in self.parts),
+            machine=None if self.machine is None else part(self.machine),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Reading:
+        """The reading that `to_dict` gave. Raises TypeError for other fields."""
+        machine = fields.get("machine")
+        return cls(
+            **{
+                **fields,
+                "parts": tuple(Part(**p) for p in fields.get("parts", ())),
+                "notes": tuple(fields.get("notes", ())),
+                "machine": None if machine is None else Part(**machine),
+            }
+        )
 
 
 def worst(pedigrees: Iterable[Pedigree | None]) -> Pedigree | None:

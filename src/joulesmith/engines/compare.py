@@ -1,8 +1,7 @@
 """Several model files on one engine, measured in turn, so that ratios can be trusted.
 
-A machine's speed drifts; two models timed minutes apart are not comparable. Here
-each round runs every model once, in an order that rotates, and ratios are taken
-within rounds. Knows sessions and readings, not how the models came about.
+Each round runs every model once, in an order that rotates, and ratios are taken
+within rounds (see `paired`). Knows sessions and readings, not how the models came about.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Literal
 
-import numpy as np
-
 from joulesmith.energy.reading import Reading
 from joulesmith.engines.base import Bench
+from joulesmith.paired import PairedRatio, paired_ratio, rotated
 from joulesmith.progress import Tick, silent
 
 Phase = Literal["prefill", "decode", "workload"]
@@ -32,18 +30,6 @@ class Cost:
     marginal: float | None
     pedigree: str | None
     seconds: float
-
-
-@dataclass(frozen=True)
-class PairedRatio:
-    """joules(other) / joules(ours) over rounds; falls back to seconds where joules are unknown."""
-
-    ratio: float
-    low: float
-    high: float
-    pairs: int
-    spread: tuple[float, float]
-    of: Literal["joules", "seconds"]
 
 
 def flatten(bench: Bench) -> dict[str, Any]:
@@ -83,8 +69,7 @@ def rounds(
     names = list(runners)
     for i in range(len(found), count):
         row: dict[str, Any] = {}
-        shift = i % len(names)
-        for j, name in enumerate(names[shift:] + names[:shift]):
+        for j, name in enumerate(rotated(names, i)):
             row[name] = flatten(runners[name](i))
             progress((i * len(names) + j + 1) / (count * len(names)))
         found.append(row)
@@ -126,14 +111,5 @@ def ratio(
         pairs = [
             (_per_token(r[other], phase, unit), _per_token(r[ours], phase, unit)) for r in found
         ]
-    values = np.array([a / b for a, b in pairs if a is not None and b])
-    draws = np.random.default_rng(seed).choice(values, (4000, len(values)))
-    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-    return PairedRatio(
-        ratio=float(np.median(values)),
-        low=float(low),
-        high=float(high),
-        pairs=len(values),
-        spread=(float(values.min()), float(values.max())),
-        of=unit,
-    )
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    return paired_ratio([a for a, _ in known], [b for _, b in known], unit, seed)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from joulesmith.energy.reading import Part, Reading
+from joulesmith.energy.reading import Reading
 from joulesmith.engines.base import Bench, Scores
 from joulesmith.engines.child import WorkerProcess
 from joulesmith.engines.llama_abi import find_library
@@ -233,8 +233,8 @@ class LlamaSession:
         return Bench(
             int(prefill),
             int(decode),
-            _reading(answer["prefill"]),
-            _reading(answer["decode"]),
+            Reading.from_dict(answer["prefill"]),
+            Reading.from_dict(answer["decode"]),
             answer["peak_rss"],
         )
 
@@ -252,8 +252,3 @@ def _tokens(tokens: NDArray[np.int32], ndim: int) -> NDArray[np.int32]:
     if array.ndim != ndim:
         raise EngineError(f"tokens must have {ndim} dimension(s), got shape {array.shape}")
     return array
-
-
-def _reading(fields: dict[str, Any]) -> Reading:
-    parts = tuple(Part(**p) for p in fields["parts"])
-    return Reading(**{**fields, "parts": parts, "notes": tuple(fields["notes"])})

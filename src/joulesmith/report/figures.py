@@ -25,12 +25,24 @@ def clean(text: str) -> str:
     return _CONTROL.sub("\ufffd", text)
 
 
+def printable(text: str, encoding: str | None) -> str:
+    """`clean` text in characters that a terminal of that encoding has."""
+    safe = clean(text)
+    encoding = encoding or "utf-8"
+    try:
+        safe.encode(encoding)
+    except UnicodeEncodeError:
+        plain = safe.replace("µ", "u").replace("±", "+-")
+        return plain.encode(encoding, "replace").decode(encoding)
+    return safe
+
+
 def known(value: float | None) -> bool:
     """Whether there is a finite figure."""
     return value is not None and math.isfinite(value)
 
 
-def _si(value: float | None, unit: str) -> str:
+def quantity(value: float | None, unit: str) -> str:
     """Three significant digits, zeros kept: columns of figures then line up."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
@@ -40,21 +52,21 @@ def _si(value: float | None, unit: str) -> str:
 
 def joules(value: float | None) -> str:
     """``"62.1 mJ"``."""
-    return _si(value, "J")
+    return quantity(value, "J")
 
 
 def seconds(value: float | None) -> str:
     """``"1.20 ms"``."""
-    return _si(value, "s")
+    return quantity(value, "s")
 
 
-def interval(low: float | None, high: float | None) -> str:
+def interval(low: float | None, high: float | None, unit: str = "J") -> str:
     """``"31.0 to 93.2 mJ"``; a missing end makes the whole unknown."""
     if not (known(low) and known(high)):
         return UNKNOWN
-    first, last = joules(low), joules(high)
-    number, _, unit = first.partition(" ")
-    return f"{number if last.endswith(f' {unit}') else first} to {last}"
+    first, last = quantity(low, unit), quantity(high, unit)
+    number, _, prefixed = first.partition(" ")
+    return f"{number if last.endswith(f' {prefixed}') else first} to {last}"
 
 
 def rate(seconds_per_token: float | None) -> str:
@@ -67,7 +79,7 @@ def rate(seconds_per_token: float | None) -> str:
 
 def size(n_bytes: int | None) -> str:
     """``"98.4 MB"``."""
-    return _si(n_bytes, "B")
+    return quantity(n_bytes, "B")
 
 
 def duration(seconds: float) -> str:

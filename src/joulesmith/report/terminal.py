@@ -18,17 +18,10 @@ def render_terminal(result: Result, console: Console, page: Path | None = None) 
 
     page: the report's path, printed last when given.
     """
-    encoding = console.encoding or "utf-8"
 
     def say(text: str, style: str = "") -> Text:
         """User text, never read as markup, in characters that the terminal has."""
-        safe = figures.clean(text)
-        try:
-            safe.encode(encoding)
-        except UnicodeEncodeError:
-            plain = safe.replace("µ", "u").replace("±", "+-")
-            safe = plain.encode(encoding, "replace").decode(encoding)
-        return Text(safe, style=style, overflow="fold")
+        return Text(figures.printable(text, console.encoding), style=style, overflow="fold")
 
     passed = result.status == "passed"
     console.print(say(result.verdict, "bold green" if passed else "bold yellow"))
