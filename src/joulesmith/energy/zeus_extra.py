@@ -82,10 +82,12 @@ class Zeus:
                 lambda: self._find(load or importlib.import_module),
                 max(patience, _OPENING_SECONDS if load is None else patience),
             )
-        except ImportError:
+        except ImportError as e:
+            absent = e.name is None or e.name.partition(".")[0] == "zeus"
+            why = "" if absent else f" (it is there, but lacks {e.name})"
             note(
                 self.notes,
-                f"{self.expected or 'this hardware'} is counted through Zeus: run  "
+                f"{self.expected or 'this hardware'} is counted through Zeus{why}: run  "
                 "pip install 'joulesmith[zeus]'",
             )
         except Exception as e:
