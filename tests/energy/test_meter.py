@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from joulesmith.energy import EnergyMeter, Reading
 from joulesmith.energy import meter as meter_module
 from joulesmith.energy.cpu_power import CpuPower
-from joulesmith.energy.meter import Snapshot, _measured, _sum
+from joulesmith.energy.parts import Snapshot, add_up, measured
 from joulesmith.energy.reading import Part
 from joulesmith.energy.source import Count, Device
 from joulesmith.errors import JoulesmithError
@@ -360,7 +360,7 @@ def test_sums_stay_sound(devices: list[tuple[float, float, float]], seconds: flo
     parts = [
         Part(str(i), j, j * lo, j + up, "modelled", "x") for i, (j, lo, up) in enumerate(devices)
     ]
-    r = _sum(parts, [p.joules for p in parts], seconds, None, ["same", "same"])
+    r = add_up(parts, [p.joules for p in parts], seconds, None, ["same", "same"])
     sound(r)
     assert (r.joules is None) == (not parts)
     assert r.notes == ("same",)
@@ -372,7 +372,7 @@ def test_sums_stay_sound(devices: list[tuple[float, float, float]], seconds: flo
 def test_a_counters_interval_holds_it(joules: float | None, seconds: float, step: float) -> None:
     counts = {} if joules is None else {"d": Count(joules, variance=joules, missing=joules)}
     start, end = Snapshot(0.0, 0.0, 0.0, {"d": Count(0.0)}), Snapshot(seconds, 0.0, 0.0, counts)
-    p, _ = _measured(Device("d", "s", step, 0.05), start, end, seconds)
+    p, _ = measured(Device("d", "s", step, 0.05), start, end, seconds)
     if p.joules is None:
         assert p.low is None and p.high is None and p.pedigree is None
     else:
@@ -432,7 +432,7 @@ def test_an_external_meter_gives_the_joules(
     assert any("gave nothing" in n for n in r.notes)
 
 
-def test_a_battery_stays_beside_the_sum(tmp_path: Path, now: list[float]) -> None:
+def test_a_battery_stays_beside_theadd_up(tmp_path: Path, now: list[float]) -> None:
     b = tmp_path / "supply" / "BAT0"
     b.mkdir(parents=True)
     for name, text in {"type": "Battery", "status": "Discharging", "power_now": "20000000"}.items():

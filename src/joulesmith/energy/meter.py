@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
@@ -33,8 +33,9 @@ from joulesmith.energy.cpu_power import CpuPower
 from joulesmith.energy.cpu_time import OthersLoad, ProcessTree, machine_busy
 from joulesmith.energy.memory import Resident
 from joulesmith.energy.nvml import Nvml
+from joulesmith.energy.parts import Snapshot, add_up, measured, of_the_processor
 from joulesmith.energy.rapl import Rapl
-from joulesmith.energy.reading import Part, Reading, worst
+from joulesmith.energy.reading import Part, Reading
 from joulesmith.energy.source import Count, Device, Source, note
 from joulesmith.energy.window import Peaks, Window, metered
 from joulesmith.energy.zeus_extra import Zeus
@@ -47,16 +48,6 @@ _SHARE = 0.004
 _SLOWEST = 5.0
 _SELDOM = 3
 """Only power must be sampled often: counters, CPU time and memory keep marks of their own."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """One end of a window: clock, CPU seconds of ours and of the machine, counts."""
-
-    t: float
-    cpu: float | None
-    busy: float | None
-    counts: dict[str, Count] = field(default_factory=dict)
 
 
 class EnergyMeter:
@@ -203,7 +194,7 @@ class EnergyMeter:
         span = end.t - start.t
         for source in self.sources:
             for device in source.devices:
-                part = _measured(device, start, end, span)[0]
+                part = measured(device, start, end, span)[0]
                 if part.joules is not None and span > 0:
                     self._idle[device.name] = part.joules / span
 
@@ -382,7 +373,7 @@ class EnergyMeter:
         parts: list[Part] = []
         machine: Part | None = None
         for source in self.sources:
-            found = [_measured(d, a, b, seconds) for d in source.devices]
+            found = [measured(d, a, b, seconds) for d in source.devices]
             notes.extend(said for _, said in found if said)
             if source.whole_machine:
                 known = [p for p, _ in found if p.joules is not None]
@@ -391,7 +382,7 @@ class EnergyMeter:
                 parts.extend(p for p, _ in found)
         if lost := self._lost(parts):
             notes.append(f"{', '.join(lost)}: unknown in this window: modelled instead")
-            parts = [p for p in parts if not _of_the_processor(p, self._processors())]
+            parts = [p for p in parts if not of_the_processor(p, self._processors())]
         marginals = [self._above_idle(p, seconds) for p in parts if p.within is None]
         if self.measures_cpu and not lost:
             names = {d.name.split("-")[0] for d in self._rapl.devices if d.within is None}
@@ -418,7 +409,7 @@ class EnergyMeter:
             for p in parts
             if p.joules is None
         )
-        reading = _sum(parts, marginals, seconds, cpu, notes)
+        reading = add_up(parts, marginals, seconds, cpu, notes)
         if self._external is not None:
             reading = self._at_the_wall(reading, machine, seconds)
         if self._given_idle is not None and reading.joules is not None:
@@ -488,71 +479,3 @@ def _cuda() -> None:
     for index in range(cuda.device_count()):
         if used(index):
             cuda.synchronize(index)
-
-
-def _of_the_processor(part: Part, processors: set[str]) -> bool:
-    """True for what the model of processor and memory stands in for."""
-    return bool({part.device, part.within} & processors) or part.device.startswith("dram")
-
-
-def _measured(d: Device, a: Snapshot, b: Snapshot, seconds: float) -> tuple[Part, str | None]:
-    """A device's part, and what is to be said about it.
-
-    Its interval is the device's relative error, one step of the counter at either end
-    and what sampling may have missed, in quadrature; upwards also what a restart lost.
-    """
-    unknown = Part(d.name, None, None, None, None, d.how, d.within)
-    start, end = a.counts.get(d.name), b.counts.get(d.name)
-    if start is None or end is None:
-        return unknown, None
-    if start.epoch != end.epoch:
-        return unknown, f"{d.name}: counting was interrupted in this window"
-    joules = max(0.0, end.joules - start.joules)
-    missing = max(0.0, end.missing - start.missing)
-    variance = max(0.0, end.variance - start.variance)
-    said = None
-    if joules == 0.0 and d.within is None:
-        # Not moved is not "no energy": in so short a window, or because it is stuck.
-        if seconds >= 2 * d.step:
-            said = f"{d.name}: the counter stands still"
-        if start.watts is None or end.watts is None or seconds <= 0:
-            return unknown, said
-        joules = 0.5 * (start.watts + end.watts) * seconds
-        variance += (0.5 * joules) ** 2 if said else 0.0
-        if joules == 0.0:
-            return unknown, said
-    edge = min(1.0, d.step / seconds) * joules if seconds > 0 else joules
-    half = math.hypot(d.error * joules, edge, math.sqrt(variance))
-    low, high = max(0.0, joules - half), joules + half + missing
-    return Part(d.name, joules, low, high, "measured", d.how, d.within), said
-
-
-def _sum(
-    parts: list[Part],
-    marginals: list[float | None],
-    seconds: float,
-    cpu: float | None,
-    notes: list[str],
-) -> Reading:
-    """Adds what is known; devices' errors are independent, so half-widths add in quadrature."""
-    known = [p for p in parts if p.joules is not None and p.within is None]
-    joules = low = high = None
-    if known:
-        joules = math.fsum(p.joules or 0.0 for p in known)
-        below = math.hypot(*((p.joules or 0.0) - (p.low or 0.0) for p in known))
-        above = math.hypot(*((p.high or 0.0) - (p.joules or 0.0) for p in known))
-        low, high = max(0.0, joules - below), joules + above
-    marginal = None
-    if joules is not None and all(m is not None for m in marginals):
-        marginal = min(joules, math.fsum(m or 0.0 for m in marginals))
-    return Reading(
-        joules=joules,
-        seconds=seconds,
-        low=low,
-        high=high,
-        pedigree=worst(p.pedigree for p in known),
-        marginal=marginal,
-        cpu_seconds=cpu,
-        parts=tuple(parts),
-        notes=tuple(dict.fromkeys(notes)),
-    )

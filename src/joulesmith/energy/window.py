@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from joulesmith.energy.reading import Reading
 
 if TYPE_CHECKING:
-    from joulesmith.energy.meter import EnergyMeter, Snapshot
+    from joulesmith.energy.meter import EnergyMeter
+    from joulesmith.energy.parts import Snapshot
 
 F = TypeVar("F", bound=Callable[..., Any])
 
