@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+
 from hypothesis import settings
 
 # A deadline is a wall-clock assertion: on a busy machine it fails and says nothing.
 settings.register_profile("joulesmith", deadline=None)
 settings.load_profile("joulesmith")
+
+
+def pytest_configure() -> None:
+    """A background shell hands signals on as ignored; a terminal does not, and tests send them."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, usual)
