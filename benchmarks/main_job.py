@@ -5,7 +5,7 @@
 Runs `joulesmith optimize smollm2` as a user would, once a (floor, seed), each in a process
 of its own, and writes a table of the ratios that matter to benchmarks/results/. Every figure
 comes from the runs' own result.json: interleaved rounds on one machine, medians with the
-spread of single rounds. Takes about 11 minutes a seed on two cores, and 5 a further floor:
+spread of single rounds. Takes about 14 minutes a seed on two cores, and 5 a further floor:
 the floors of one seed share windows, references and rounded tensors, which do not depend on
 the floor, so only the first floor's wall time and peak memory are those of a whole run.
 """

@@ -7,13 +7,9 @@ import gc
 import os
 
 
-def release_memory(*, collect: bool = True) -> None:
-    """Give freed memory back to the system, where the C library keeps it (glibc).
-
-    collect: look for unreachable objects first, which takes a tenth of a second.
-    """
-    if collect:
-        gc.collect()
+def release_memory() -> None:
+    """Give freed memory back to the system, where the C library keeps it (glibc)."""
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)

@@ -220,8 +220,8 @@ def bolder(
     space: Space, correction: Correction, trial: Trial, judged: Quality, keep: float
 ) -> Choice | None:
     """The plan after one that was judged and passed with room to spare: with the damage that
-    its loss suggests, at most twice its own. None when that would save under 1 % of the joules
-    that the choice can move."""
+    its loss suggests, at most twice its own. None when that would save under 1 % of the
+    matrices' joules."""
     mean, margin = -math.log(judged.kept), _margin(judged, judged.tokens)
     damage = _aim(trial.damage, mean, margin, -0.95 * math.log(keep))
     if damage < 1.05 * trial.damage:

@@ -18,7 +18,6 @@ from joulesmith.calibrate import HeadMoments, Moments, calibrate
 from joulesmith.compress.quantize.grids import Format, grid
 from joulesmith.compress.quantize.rounding import round_weight, shared_curvature
 from joulesmith.errors import JoulesmithError
-from joulesmith.memory import release_memory
 from joulesmith.progress import Tick, silent
 
 if TYPE_CHECKING:
@@ -94,8 +93,6 @@ def walk(
             module_name = parameter.split(f".{index}.", 1)[-1].removesuffix(".weight")
             tasks.append((ref, moments.get(module_name), None))
         emit(str(index), _round_all(model, types, tasks, effort))
-        del tasks
-        release_memory(collect=False)
 
     head = calibrate(model.module, windows, visit, seed=seed, scratch=scratch, progress=progress)
     if skip([r.name for r in ends]):
