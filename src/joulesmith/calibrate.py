@@ -288,8 +288,8 @@ def _calibrate(
                 store.put(i, b, hidden.grad)
                 tick(10)
             store.drop(i + 1)
-            visit(i, {name: s.done() for name, s in sums.items()})
-            del sums
+            # Each layer's sums go as its moments come: both at once are twice the memory.
+            visit(i, {name: sums.pop(name).done() for name in list(sums)})
 
         input_fisher = torch.zeros(inner.embed_tokens.weight.shape[1])
         for b in range(len(starts)):

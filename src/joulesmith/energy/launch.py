@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from joulesmith.energy.memory import own_peak
 from joulesmith.errors import JoulesmithError
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
@@ -73,7 +74,8 @@ def launch(command: Sequence[str], started: Callable[[int], object] = lambda pid
         before = _children()
         process = _start(command)
         relay.target(process.pid)
-        own = _high_water()
+        # A new process is billed for this one's peak until it executes (not on macOS).
+        own = 0 if sys.platform == "darwin" else own_peak()
         started(process.pid)
         try:
             status, usage = _wait(process.pid, before)
@@ -149,18 +151,6 @@ def _alive(pid: int) -> bool:
             return f.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
     except (OSError, IndexError):
         return False
-
-
-def _high_water() -> int | None:
-    """This process's own peak in bytes: a new process is billed for it until it executes."""
-    try:
-        with open("/proc/self/status", "rb") as f:
-            for line in f:
-                if line.startswith(b"VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return 0 if sys.platform == "darwin" else None
 
 
 @contextlib.contextmanager

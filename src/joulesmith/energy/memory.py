@@ -84,6 +84,15 @@ def resident(pid: int) -> tuple[int, int | None] | None:
     return int(info.rss), mark
 
 
+def own_peak() -> int | None:
+    """Largest resident set of this process so far, bytes; ``None`` when it is not told.
+
+    Not ru_maxrss on Linux: that survives exec and would tell the parent's peak.
+    """
+    found = resident(os.getpid())
+    return None if found is None else found[1]
+
+
 def _field(text: bytes, name: bytes) -> int | None:
     at = text.find(name)
     if at < 0:  # a process that has ended and was not waited for holds nothing

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from joulesmith.energy.memory import own_peak
 from joulesmith.engines.llama_abi import Batch, Library
-from joulesmith.engines.reference import open_reference, peak_rss
+from joulesmith.engines.reference import open_reference
 from joulesmith.errors import EngineError
 
 UBATCH = 512  # llama.cpp's default physical batch
@@ -223,5 +224,5 @@ class Model:
         return {
             "prefill": first.reading.to_dict(),
             "decode": second.reading.to_dict(),
-            "peak_rss": peak_rss(),
+            "peak_rss": own_peak(),
         }

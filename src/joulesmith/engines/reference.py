@@ -1,9 +1,7 @@
-"""What engines share: the reference's probabilities on disk, the memory a process took."""
+"""The reference's probabilities on disk, as every engine reads them."""
 
 from __future__ import annotations
 
-import resource
-import sys
 import threading
 from pathlib import Path
 
@@ -62,16 +60,3 @@ def open_reference(path: Path | str, shape: tuple[int, ...]) -> Reference:
             "it belongs to another model or other windows"
         )
     return Reference(Path(path), array.offset, shape)
-
-
-def peak_rss() -> int | None:
-    """Largest resident set of this process so far, bytes; ``None`` when it is not told."""
-    try:
-        # not ru_maxrss: on Linux that survives exec and would tell the parent's peak
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        if sys.platform == "darwin":
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return None

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from joulesmith.energy.memory import own_peak
 from joulesmith.engines.base import Bench, Scores
-from joulesmith.engines.reference import open_reference, peak_rss
+from joulesmith.engines.reference import open_reference
 from joulesmith.errors import EngineError
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ class TorchSession:
                     past = answer.past_key_values
                     answer = self._run(step, past, cache=True, last=True)
                 self._wait()
-        return Bench(prefill, decode, first.reading, second.reading, peak_rss())
+        return Bench(prefill, decode, first.reading, second.reading, own_peak())
 
     def _wait(self) -> None:
         if self.device.type == "cuda":

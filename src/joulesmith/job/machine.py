@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from joulesmith.report.result import Machine
@@ -67,12 +66,7 @@ class PeakMemory:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()

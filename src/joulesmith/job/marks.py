@@ -97,9 +97,9 @@ class Peer:
         self.quantizer = LlamaQuantizer(library)
 
     def __call__(self, tensor: str, kind: str) -> NDArray[np.uint8]:
-        from joulesmith.models import gguf_weight
+        from joulesmith.models import gguf_view
 
-        weight = gguf_weight(self.model, tensor).float().numpy()
+        weight = gguf_view(self.model, tensor).numpy()
         use = HEAD if self.model.tied and tensor == EMBEDDING else tensor
         return self.quantizer.pack(weight, kind, self.store.importance(use))
 

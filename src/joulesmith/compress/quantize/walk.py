@@ -169,9 +169,9 @@ def _begin(
     """Hand one matrix to the pool, on each of its types and in pieces of `ROWS` rows."""
     import torch
 
-    from joulesmith.models import gguf_weight
+    from joulesmith.models import gguf_view
 
-    weight = gguf_weight(model, ref.name)
+    weight = gguf_view(model, ref.name)
     if moments is not None and ref.rows is not None:
         # Moments follow torch's row order, the file another one.
         order = torch.from_numpy(ref.rows)
