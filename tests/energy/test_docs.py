@@ -1,4 +1,4 @@
-"""docs/energy.md says what exists: its Python runs, its commands and options are there."""
+"""The docs on energy say what exists: Python runs, commands, options, names and links are there."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from joulesmith.energy.reading import Reading
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "energy.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+TRAINING = (ROOT / "docs" / "training_energy.md").read_text(encoding="utf-8")
+LOOP = re.findall(r"```python\n(.*?)```", TRAINING, re.S)[0]
 
 
 class _Batch(list[int]):
@@ -34,10 +36,13 @@ def test_python_blocks_run(
         "reading": Reading(3.6e6, 60.0, 3e6, 4e6, "measured"),
         "when": datetime(2026, 1, 1, 0, 30, tzinfo=timezone.utc),
         "model": 1000,
-        "batches": [_Batch([1, 2])] * 3,
+        "data": [_Batch([1, 2])] * 3,
         "train_on": lambda batch: 1.0,
+        "evaluate": lambda model: 1.0,
     }
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 2
+    exec(compile(LOOP, "docs/training_energy.md", "exec"), dict(names))
+    capsys.readouterr()
     for block in BLOCKS:
         exec(compile(block, "docs/energy.md", "exec"), names)
     said = capsys.readouterr().out
@@ -71,5 +76,5 @@ def test_names_and_links_exist() -> None:
             import_module(name)
         else:
             assert attribute in (ROOT / "src" / (module.replace(".", "/") + ".py")).read_text()
-    for link in re.findall(r"\]\((\.\./[^)]+)\)", TEXT):
+    for link in re.findall(r"\]\(([^):]+)\)", TEXT + TRAINING):
         assert (ROOT / "docs" / link).exists(), link
