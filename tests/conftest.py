@@ -7,7 +7,10 @@ import signal
 from hypothesis import settings
 
 # A deadline is a wall-clock assertion: on a busy machine it fails and says nothing.
-settings.register_profile("joulesmith", deadline=None)
+# The same examples every time: a pass today is a pass tomorrow. To look for new ones:
+# pytest --hypothesis-profile=search (fresh examples at each run).
+settings.register_profile("joulesmith", deadline=None, derandomize=True)
+settings.register_profile("search", deadline=None, derandomize=False, print_blob=True)
 settings.load_profile("joulesmith")
 
 
