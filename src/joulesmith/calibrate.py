@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 class Moments:
     """Second moments at one linear layer, means over ``tokens`` calibration tokens.
 
-    hessian: (columns, columns) E[s x x^T] of the layer's inputs x, float32, with s the
-             token's mean squared output gradient, normalised to mean 1 (GuidedQuant,
-             Kim et al. 2025, eq. 7, one group): tokens count as much as the end loss
-             depends on them
+    hessian: (columns, columns) E[s x x^T] of the layer's inputs x, float32, with s of mean 1:
+             half of it the same for all tokens, half the token's mean squared output
+             gradient (GuidedQuant, Kim et al. 2025, eq. 7, one group), so that tokens count
+             as the end loss depends on them, and yet no few of them decide
     squares: (columns,) E[x^2], unweighted: llama.cpp's importance matrix
     fisher:  (rows,) E[g^2] of the output gradients, float32
     sample:  some tokens as they came, for what second moments cannot tell
@@ -104,7 +104,9 @@ class _Accumulator:
     def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """x (tokens, columns), g (tokens, rows)."""
         g2 = g.square()
-        self.fold(x, g2.mean(dim=1), g2.sum(dim=0))
+        s = g2.mean(dim=1)
+        # Gradients have heavy tails: without the 1, a few tokens are most of the sum.
+        self.fold(x, s / s.mean().clamp_min(1e-30) + 1, g2.sum(dim=0))
 
     def fold(self, x: torch.Tensor, s: torch.Tensor, fisher: torch.Tensor) -> None:
         """x (tokens, columns), s (tokens,) their weights, fisher (rows,) sums to add."""

@@ -24,6 +24,8 @@ from joulesmith.errors import JoulesmithError
 
 ROWS = 2048
 """Rows rounded at a time, which bounds memory: rows do not depend on each other."""
+DAMPING = 0.1
+"""Share of each Hessian diagonal: 0.01 loses 10 % more on text not calibrated on, 0.25 3 %."""
 LAZY = 32
 """Columns whose feedback is gathered before it reaches the columns beyond (GPTQ, section 3.3)."""
 
@@ -49,11 +51,13 @@ class Curvature:
         return cost
 
 
-def curvature(hessian: Array, *, damping: float = 0.01) -> Curvature:
+def curvature(hessian: Array, *, damping: float = DAMPING) -> Curvature:
     """hessian (n, n), e.g. the sum over tokens of ``x x^T`` -> `Curvature`.
 
-    damping: added to the diagonal, as a share of its mean; raised tenfold until
-    the matrix is safely positive definite. Columns that were never active
+    damping: added to the diagonal, as a share of itself, and a tenth of that as a share
+    of its mean; the latter is raised tenfold until the matrix is safely positive definite.
+    Correlations between columns shrink by it, since those of a sample are larger than
+    those of the text that the model will see. Columns that were never active
     (zero diagonal) count as average ones: they are rounded to nearest.
     Raises `JoulesmithError` where the matrix is not square, finite and symmetric.
     """
@@ -76,8 +80,9 @@ def curvature(hessian: Array, *, damping: float = 0.01) -> Curvature:
     h[dead] = 0
     h[:, dead] = 0
     h.diagonal()[dead] = 1.0
+    h.diagonal().mul_(1 + damping)
     # float64 rounding needs this much at least, whatever was asked for
-    ridge = max(damping, 1e-7)
+    ridge = max(damping / 10, 1e-7)
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
     for _ in range(10):
         damped = h.clone()
@@ -140,7 +145,7 @@ def gptq(
     hessian: Array | Curvature,
     grid: Format,
     *,
-    damping: float = 0.01,
+    damping: float = DAMPING,
     sweeps: int = 2,
     importance: Array | None = None,
 ) -> Bytes:
