@@ -190,11 +190,18 @@ def measure(
         typer.Option(help="What to call COMMAND in the report."),
     ] = None,
     grid: Annotated[
-        str, typer.Option(help="Grid by country or region, e.g. DE, or grams of CO2e per kWh.")
+        str,
+        typer.Option(
+            help="Grid by country or region, e.g. DE, or grams of CO2e per kWh, or FILE.csv: "
+            "hourly values (:ZONE), or a table of your own (:CODE)."
+        ),
     ] = "WORLD",
     price: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Price by country, or money per kWh. Default: that of --grid."),
+        typer.Option(
+            help="Price by country, or money per kWh, or FILE.csv as for --grid. Default: the "
+            "price where --grid is."
+        ),
     ] = None,
     pue: Annotated[
         float, typer.Option(help="Energy of the building / energy of the machine, 1 or more.")
@@ -230,10 +237,9 @@ def measure(
     import shlex
 
     from joulesmith.energy import command as room
-    from joulesmith.energy.carbon import grid as find_grid
-    from joulesmith.energy.carbon import price as find_price
     from joulesmith.energy.cpu_time import Descendants
     from joulesmith.energy.meter import EnergyMeter
+    from joulesmith.energy.rates import carbon_rate, price_rate
 
     if not command:
         raise JoulesmithError("no command given: joulesmith measure [options] -- COMMAND...")
@@ -246,8 +252,8 @@ def measure(
         raise JoulesmithError(f"--idle must be a number of seconds up to 3600, got {idle:g}")
     if repeat is None:
         repeat = 1 if compare is None else room.COMPARE_ROUNDS
-    where = find_grid(grid)
-    rate = room.price_for(where) if price is None else find_price(price)
+    where = carbon_rate(grid)
+    rate = room.price_for(where) if price is None else price_rate(price)
     if output is not None:
         check_output(output)
     with (

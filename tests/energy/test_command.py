@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from joulesmith.energy import command as room
 from joulesmith.energy.carbon import grid
 from joulesmith.energy.command import (
     Measured,
+    Rounds,
     Run,
     compare,
     measure_commands,
@@ -32,6 +34,7 @@ from joulesmith.energy.launch import CommandNotRunError, Ended
 from joulesmith.energy.memory import Resident, resident
 from joulesmith.energy.meter import EnergyMeter
 from joulesmith.energy.reading import Part, Reading
+from joulesmith.energy.series import Series
 from joulesmith.errors import JoulesmithError
 
 MODEL = CpuPower(
@@ -57,7 +60,7 @@ def reading(joules: float | None, seconds: float = 1.0, marginal: float | None =
 
 
 def measured(*joules: float | None, seconds: float = 1.0) -> Measured:
-    return Measured("x", ("x",), tuple(Run(reading(j, seconds), 0, None, 100) for j in joules))
+    return Measured("x", ("x",), tuple(Run(reading(j, seconds), 0, None, 100, 0.0) for j in joules))
 
 
 @pytest.fixture
@@ -304,3 +307,19 @@ def test_a_process_that_came_between_two_looks_has_its_high_water_mark() -> None
     mark = resident(os.getpid())
     assert held is not None and most is not None and mark is not None and mark[1] is not None
     assert most == pytest.approx(max(mark[1], mark[0]), rel=0.05)
+
+
+def test_a_series_is_read_at_the_time_of_each_run(tmp_path: Path) -> None:
+    hours = Series((0.0, 3600.0, 7200.0), (100.0, 200.0, 900.0), 3600.0, "gCO2e", "hours")
+    runs = tuple(Run(reading(3.6e6), 0, None, 1, start) for start in (10.0, 3700.0, 7300.0))
+    whole = Rounds((Measured("x", ("x",), runs),), 0, False)
+    with meter(tmp_path) as m:
+        found = report(whole, m, hours, None)
+        late = replace(runs[0], start=1e6)
+        some = report(Rounds((Measured("x", ("x",), (late, *runs[1:])),), 0, False), m, hours, None)
+        none = report(Rounds((Measured("x", ("x",), (late,)),), 0, False), m, hours, None)
+    assert found.carbon[0].value == pytest.approx(200)
+    assert some.carbon[0].value == pytest.approx(550)
+    assert any("outside of hours" in n for n in some.carbon[0].notes)
+    assert none.carbon[0].value is None, "unknown, never 0"
+    assert price_for(hours) == price_for(grid("WORLD"))

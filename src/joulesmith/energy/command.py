@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -28,6 +29,7 @@ from joulesmith.energy.carbon import (
 from joulesmith.energy.launch import NOT_FOUND, CommandNotRunError, Ended, launch
 from joulesmith.energy.meter import EnergyMeter
 from joulesmith.energy.reading import Part, Reading, worst
+from joulesmith.energy.series import Series
 from joulesmith.errors import JoulesmithError
 from joulesmith.paired import PairedRatio, paired_ratio, rotated
 
@@ -36,12 +38,16 @@ COMPARE_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a command. peak_memory_bytes: resident, ``None`` when unknown."""
+    """One run of a command. peak_memory_bytes: resident, ``None`` when unknown.
+
+    start: Unix seconds at which it was started.
+    """
 
     reading: Reading
     exit_code: int
     signal: int | None
     peak_memory_bytes: int | None
+    start: float
 
 
 @dataclass(frozen=True)
@@ -148,9 +154,10 @@ def measure_command(
     started: called with the process id.
     Raises `CommandNotRunError` (exit codes 126, 127) when it cannot be started.
     """
+    start = time.time()
     with meter.window(label) as window:
         ended = launch(command, started)
-    return _run(window.reading, ended), ended.stopped
+    return _run(window.reading, ended, start), ended.stopped
 
 
 def measure_commands(
@@ -263,15 +270,24 @@ class Report:
 
 
 def report(
-    rounds: Rounds, meter: EnergyMeter, grid: GridRow, rate: PriceRow | None, pue: float = 1.0
+    rounds: Rounds,
+    meter: EnergyMeter,
+    grid: GridRow | Series,
+    rate: PriceRow | Series | None,
+    pue: float = 1.0,
 ) -> Report:
-    """The figures of ``rounds`` with carbon and money; rate ``None`` leaves money unknown."""
-    typical = [m.typical for m in rounds.measured]
-    unpriced = Amount(None, "", notes=(f"no electricity price is known for {grid.name}",))
+    """The figures of ``rounds`` with carbon and money; rate ``None`` leaves money unknown.
+
+    A series is read at the time of each run, and the median over runs is told.
+    """
+    place = grid.source if isinstance(grid, Series) else grid.name
+    unpriced = Amount(None, "", notes=(f"no electricity price is known for {place}",))
     return Report(
         measured=rounds.measured,
-        carbon=tuple(footprint(r, grid, pue=pue) for r in typical),
-        money=tuple(unpriced if rate is None else bill(r, rate, pue=pue) for r in typical),
+        carbon=tuple(_amount(footprint, m, grid, pue) for m in rounds.measured),
+        money=tuple(
+            unpriced if rate is None else _amount(bill, m, rate, pue) for m in rounds.measured
+        ),
         comparison=compare(*rounds.measured) if len(rounds.measured) == 2 else None,
         source=meter.source,
         idle_watts=meter.idle_watts,
@@ -280,9 +296,32 @@ def report(
     )
 
 
-def price_for(grid: GridRow) -> PriceRow | None:
-    """The price of electricity where the grid is: its own, its country's, or none."""
-    code = DEFAULT if grid.basis == "given" else grid.code
+def _amount(of: Callable[..., Amount], m: Measured, rate: Any, pue: float) -> Amount:
+    """Grams or money of a command: of its typical run, or with a series the median run's."""
+    if not isinstance(rate, Series):
+        return of(m.typical, rate, pue=pue)
+    found = [of(r.reading, rate, pue=pue, start=r.start) for r in m.runs]
+
+    def mid(values: Iterable[float | None]) -> float | None:
+        known = [v for v in values if v is not None]
+        return median(known) if known else None
+
+    return replace(
+        found[-1],
+        value=mid(a.value for a in found),
+        low=mid(a.low for a in found),
+        high=mid(a.high for a in found),
+        pedigree=worst(a.pedigree for a in found),
+        notes=merged(n for a in found for n in a.notes),
+    )
+
+
+def price_for(grid: GridRow | Series) -> PriceRow | None:
+    """The price of electricity where the grid is: its own, its country's, or none.
+
+    That of the world where the place is not known: a number, a series, a user's table.
+    """
+    code = DEFAULT if isinstance(grid, Series) or grid.basis == "given" else grid.code
     for where in dict.fromkeys((code, code.partition("-")[0])):
         with contextlib.suppress(JoulesmithError):
             return price(where)
@@ -323,15 +362,16 @@ def _plain(m: Measured, carbon: Amount, money: Amount) -> dict[str, Any]:
                 "peak_memory_bytes": r.peak_memory_bytes,
                 "exit_code": r.exit_code,
                 "signal": r.signal,
+                "start": r.start,
             }
             for r in m.runs
         ],
     }
 
 
-def _run(reading: Reading, ended: Ended) -> Run:
+def _run(reading: Reading, ended: Ended, start: float) -> Run:
     peak = max(filter(None, (reading.peak_memory_bytes, ended.largest_bytes)), default=None)
-    run = Run(reading, ended.exit_code, ended.signal, peak)
+    run = Run(reading, ended.exit_code, ended.signal, peak, start)
     if ended.left_running:
         left = f"{ended.left_running} of its processes" if ended.left_running > 1 else "a process"
         run = _say(run, f"it left {left} running: counted until the command itself ended")
