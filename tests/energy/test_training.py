@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from joulesmith.energy.reading import Reading
-from joulesmith.energy.training import POINT_COLUMNS, LoopMeter, count_parameters
+from joulesmith.energy.totals import POINT_COLUMNS
+from joulesmith.energy.training import LoopMeter, count_parameters
 
 
 def joules(j: float | None, note: str = "") -> Reading:

@@ -16,44 +16,16 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from joulesmith.energy.reading import Pedigree, Reading, worst
+from joulesmith.energy.reading import Reading
+from joulesmith.energy.totals import POINT_COLUMNS, Totals, per
 
 if TYPE_CHECKING:
     from joulesmith.energy.export import Appender
 
-POINT_COLUMNS = (
-    "time",
-    "step",
-    "tokens",
-    "samples",
-    "seconds",
-    "joules",
-    "low",
-    "high",
-    "marginal",
-    "pedigree",
-    "spent",
-    "window_steps",
-    "window_seconds",
-    "window_joules",
-    "peak_memory_bytes",
-    "device_memory_bytes",
-    "joules_per_step",
-    "joules_per_token",
-    "joules_per_sample",
-    "loss",
-    "metrics",
-    "notes",
-)
-"""A point of the curve: figures are cumulative over the training, save those named after
-the window, those per step, token or sample, and the window's peaks of memory."""
 _MAX_POINTS = 10_000
-_MAX_NOTES = 100
-_STATE_VERSION = 1
 
 
 class _Sum:
@@ -83,7 +55,7 @@ class Step:
         self.tokens, self.samples, self.loss = tokens, samples, loss
 
 
-class LoopMeter:
+class LoopMeter(Totals):
     """Meters a training loop.
 
         with LoopMeter(parameters=model, path="curve.jsonl", budget_joules=5e6) as loop:
@@ -113,15 +85,12 @@ class LoopMeter:
         label: str = "train",
     ) -> None:
         check(every, seconds, budget_joules)
-        self.parameters = count_parameters(parameters)
+        super().__init__(count_parameters(parameters))
         self.budget_joules = budget_joules
         self.every = every
         self.label = label
         self.curve: list[dict[str, Any]] = []
         """Points in order; of a very long run the older ones are thinned (the file has all)."""
-        self.notes: list[str] = []
-        self.steps = 0
-        self.seconds = 0.0
         self._window_seconds = seconds
         self._meter = meter
         self._owned: Any = None
@@ -129,13 +98,6 @@ class LoopMeter:
         self._window: Any = None
         self._opened = 0.0
         self._paused = self._stopped = False
-        self._tokens: float | None = 0.0
-        self._samples: float | None = 0.0
-        self._joules = self._low = self._high = 0.0
-        self._marginal: float | None = 0.0
-        self._aside = 0.0
-        self._windows = self._unknown = 0
-        self._pedigree: Pedigree | None = None
         self._open_counts()
 
     # ---- use
@@ -216,7 +178,7 @@ class LoopMeter:
     def record(self, loss: float | None = None, **metrics: float | None) -> None:
         """A point of the curve with metrics of this moment, such as ``eval_loss``."""
         if self._window is None or self._paused:
-            self._write(self._row(None, loss, metrics))
+            self._write(self.row(None, loss, metrics))
         else:
             self._finish(metrics, loss)
             self._open(self.label)
@@ -243,68 +205,6 @@ class LoopMeter:
             self._end_aside()
             self._open(self.label)
 
-    # ---- figures
-
-    @property
-    def joules(self) -> float | None:
-        """Of training, closed windows only; None where any window's energy is unknown."""
-        return self._joules if self._windows and not self._unknown else None
-
-    @property
-    def low(self) -> float | None:
-        """Lower end of the interval of `joules`: the windows' ends add up (one model)."""
-        return self._low if self.joules is not None else None
-
-    @property
-    def high(self) -> float | None:
-        """Upper end of the interval of `joules`."""
-        return self._high if self.joules is not None else None
-
-    @property
-    def pedigree(self) -> Pedigree | None:
-        """The least sure of the windows'."""
-        return self._pedigree if self.joules is not None else None
-
-    @property
-    def aside(self) -> float:
-        """Joules of `pause`, as far as known."""
-        return self._aside
-
-    @property
-    def spent(self) -> float:
-        """Joules of training and of `pause` as far as known: the least that was spent."""
-        return self._joules + self._aside
-
-    @property
-    def tokens(self) -> float | None:
-        """Trained on so far; None where a step did not say."""
-        return self._tokens if self._windows else None
-
-    @property
-    def samples(self) -> float | None:
-        """Trained on so far; None where a step did not say."""
-        return self._samples if self._windows else None
-
-    @property
-    def joules_per_step(self) -> float | None:
-        """Mean over the training so far."""
-        return _per(self.joules, self.steps)
-
-    @property
-    def joules_per_token(self) -> float | None:
-        """Mean over the training so far."""
-        return _per(self.joules, self.tokens)
-
-    @property
-    def joules_per_sample(self) -> float | None:
-        """Mean over the training so far."""
-        return _per(self.joules, self.samples)
-
-    @property
-    def joules_per_parameter(self) -> float | None:
-        """All joules of the training so far, over the model's parameters."""
-        return _per(self.joules, self.parameters)
-
     @property
     def should_stop(self) -> bool:
         """True once `spent` has reached the budget: by no more than a window is it passed.
@@ -319,47 +219,11 @@ class LoopMeter:
     def state_dict(self) -> dict[str, Any]:
         """The totals, for JSON; closes the window first. The points are not in it."""
         self.flush()
-        return {
-            "version": _STATE_VERSION,
-            "steps": self.steps,
-            "seconds": self.seconds,
-            "tokens": self._tokens,
-            "samples": self._samples,
-            "joules": self._joules,
-            "low": self._low,
-            "high": self._high,
-            "marginal": self._marginal,
-            "aside": self._aside,
-            "windows": self._windows,
-            "unknown_windows": self._unknown,
-            "pedigree": self._pedigree,
-        }
+        return self.totals()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state_dict`; raises ValueError where ``state`` is none."""
-        try:
-            if state["version"] != _STATE_VERSION:
-                raise ValueError
-            numbers = {k: float(state[k]) for k in ("seconds", "joules", "low", "high", "aside")}
-            counts = {k: int(state[k]) for k in ("steps", "windows", "unknown_windows")}
-            maybe = {
-                k: None if state[k] is None else float(state[k])
-                for k in ("tokens", "samples", "marginal")
-            }
-            every = [*numbers.values(), *counts.values(), *(v for v in maybe.values() if v)]
-            if not all(math.isfinite(v) and v >= 0 for v in every):
-                raise ValueError
-            pedigree = state["pedigree"]
-            if pedigree not in (None, "measured", "modelled", "assumed"):
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            raise ValueError("not a state of LoopMeter") from None
-        self.steps, self.seconds = counts["steps"], numbers["seconds"]
-        self._tokens, self._samples = maybe["tokens"], maybe["samples"]
-        self._joules, self._low, self._high = numbers["joules"], numbers["low"], numbers["high"]
-        self._marginal, self._aside = maybe["marginal"], numbers["aside"]
-        self._windows, self._unknown = counts["windows"], counts["unknown_windows"]
-        self._pedigree = pedigree
+        self.load_totals(state)
         self._open_counts()
         self.note(
             f"resumed at step {self.steps}: joules of work after that point that was lost are "
@@ -387,10 +251,8 @@ class LoopMeter:
         self._window = _Blind()
 
     def _end_aside(self) -> None:
-        reading = self._close()
+        self.add_aside(self._close())
         self._paused = False
-        if reading.joules is not None:
-            self._aside += reading.joules
 
     def _close(self) -> Reading:
         window, self._window = self._window, None
@@ -417,62 +279,22 @@ class LoopMeter:
         )
         steps, losses = self._in_window, self._w_loss.count
         self._open_counts()
-        self.steps += steps
-        self.seconds += reading.seconds
-        if steps:
-            self._tokens = _plus(self._tokens, tokens)
-            self._samples = _plus(self._samples, samples)
-        self._windows += 1
-        if reading.joules is None:
-            self._unknown += 1
-            if self.budget_joules is not None:
-                self.note("joules of some windows are unknown: the budget counts the known ones")
-        else:
-            self._joules += reading.joules
-            self._low += reading.joules if reading.low is None else reading.low
-            self._high += reading.joules if reading.high is None else reading.high
-            self._pedigree = worst((self._pedigree, reading.pedigree))
-        self._marginal = _plus(self._marginal, reading.marginal)
+        self.add(reading, steps, tokens, samples)
+        if reading.joules is None and self.budget_joules is not None:
+            self.note("joules of some windows are unknown: the budget counts the known ones")
         if loss_now is None and loss is not None:
             loss_now = loss / losses
-        row = self._row(reading, loss_now, metrics)
+        row = self.row(reading, loss_now, metrics)
         row["window_steps"] = steps
-        row["joules_per_step"] = _per(reading.joules, steps)
-        row["joules_per_token"] = _per(reading.joules, tokens)
-        row["joules_per_sample"] = _per(reading.joules, samples)
+        row["joules_per_step"] = per(reading.joules, steps)
+        row["joules_per_token"] = per(reading.joules, tokens)
+        row["joules_per_sample"] = per(reading.joules, samples)
         self._write(row)
 
     def _read(self, total: _Sum) -> float | None:
         with self._noted("a loss or a count could not be read"):
             return total.value()
         return None
-
-    def _row(
-        self, reading: Reading | None, loss: float | None, metrics: Mapping[str, float | None]
-    ) -> dict[str, Any]:
-        row: dict[str, Any] = dict.fromkeys(POINT_COLUMNS)
-        row |= {
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-            "step": self.steps,
-            "tokens": self.tokens,
-            "samples": self.samples,
-            "seconds": self.seconds,
-            "joules": self.joules,
-            "low": self.low,
-            "high": self.high,
-            "marginal": self._marginal if self.joules is not None else None,
-            "pedigree": self.pedigree,
-            "spent": self.spent if self._windows > self._unknown else None,
-            "loss": loss,
-            "metrics": dict(metrics),
-            "notes": list(reading.notes) if reading is not None else [],
-        }
-        if reading is not None:
-            row["window_seconds"] = reading.seconds
-            row["window_joules"] = reading.joules
-            row["peak_memory_bytes"] = reading.peak_memory_bytes
-            row["device_memory_bytes"] = reading.device_memory_bytes
-        return row
 
     def _write(self, row: dict[str, Any]) -> None:
         self.curve.append(row)
@@ -482,11 +304,6 @@ class LoopMeter:
         if self._file is not None:
             with self._noted("a point could not be written"):
                 self._file.append(row)
-
-    def note(self, text: str) -> None:
-        """Adds to `notes`, once."""
-        if text not in self.notes and len(self.notes) < _MAX_NOTES:
-            self.notes.append(text)
 
     @contextmanager
     def _noted(self, what: str) -> Iterator[None]:
@@ -536,11 +353,3 @@ def _appender(path: Path | str | None) -> Appender | None:
 
     csv = Path(path).suffix.lower() == ".csv"
     return CsvLines(path, POINT_COLUMNS) if csv else JsonLines(path)
-
-
-def _per(joules: float | None, count: float | None) -> float | None:
-    return None if joules is None or not count else joules / count
-
-
-def _plus(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a + b
