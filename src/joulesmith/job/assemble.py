@@ -40,7 +40,8 @@ class Found:
     """All that a run found out.
 
     rounds: interleaved benches of the plan and its rivals. torch_rounds: of the plan and
-    torch. rest: joules per token beside the matrices, by phase.
+    torch. rest: joules per token beside the matrices, untouched: those of the float file
+    when the table was measured, by phase.
     """
 
     settings: Settings
@@ -50,6 +51,7 @@ class Found:
     inputs: Inputs
     table: JouleTable
     rest: Mapping[str, float]
+    untouched: Mapping[str, float]
     space: Space
     correction: Correction
     trials: Sequence[Trial]
@@ -81,9 +83,8 @@ def assemble(f: Found, timings: Mapping[str, float], peak: int | None) -> Result
     status = "passed" if f.passed else "none"
     guess = _predict(f, f.trial.types)
     # What the machine's speed did between the table and the rounds, told by the float file.
-    before = _predict(f, {})
     untouched = next((r for r in runs if r.name == f"{FLOAT} GGUF"), None)
-    drift = {} if untouched is None else summary.drift(before, untouched)
+    drift = {} if untouched is None else summary.drift(f.untouched, untouched)
     moved = drift.get("workload", 1.0)
     chosen = sum(f.space.joules[t][k] for t, k in f.trial.types.items())
     slope = summary.loss_per_damage([(t.damage, t.quality) for t in f.trials])

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from joulesmith.engines.llama_quantize import LlamaQuantizer
 from joulesmith.export.mixtures import mixture
 from joulesmith.job.judge import FLOAT, score_file, write_choice
-from joulesmith.models import EMBEDDING, HEAD
+from joulesmith.models import EMBEDDING, HEAD, gguf_view
 from joulesmith.progress import Tick, silent
 from joulesmith.quality import Quality, Reference
 from joulesmith.workspace import Workspace, fingerprint
@@ -68,6 +68,31 @@ def write_float(model: Model, workspace: Workspace) -> Path:
     return path
 
 
+PROBE = "Q8_0"
+"""Type of the file that tells what a token costs beside the matrices."""
+
+
+def write_probe(
+    model: Model, workspace: Workspace, library: str | None = None
+) -> tuple[Path, dict[str, str]]:
+    """The model in `PROBE` as a GGUF in the workspace, written once, and its types."""
+    types = mixture(PROBE, model.matrices(), layers_of(model))
+    path = rival_path(types, workspace)
+    if not path.exists():
+        quantizer = LlamaQuantizer(library)
+
+        def pack(tensor: str, kind: str) -> NDArray[np.uint8]:
+            return quantizer.pack(gguf_view(model, tensor).numpy(), kind)
+
+        write_choice(model, pack, types, path)
+    return path, types
+
+
+def layers_of(model: Model) -> int:
+    """How many decoder blocks it has."""
+    return 1 + max((r.layer for r in model.matrices() if r.layer is not None), default=0)
+
+
 def rival_path(types: Mapping[str, str], workspace: Workspace) -> Path:
     """Where the reference file of these types lies."""
     return workspace.work / f"rival-{fingerprint(dict(types))}.gguf"
@@ -97,8 +122,6 @@ class Peer:
         self.quantizer = LlamaQuantizer(library)
 
     def __call__(self, tensor: str, kind: str) -> NDArray[np.uint8]:
-        from joulesmith.models import gguf_view
-
         weight = gguf_view(self.model, tensor).numpy()
         use = HEAD if self.model.tied and tensor == EMBEDDING else tensor
         return self.quantizer.pack(weight, kind, self.store.importance(use))
@@ -118,7 +141,7 @@ def uniform_marks(
     wanted: which files to leave where `write_rivals` finds them.
     """
     model = peer.model
-    layers = 1 + max((r.layer for r in model.matrices() if r.layer is not None), default=0)
+    layers = layers_of(model)
     found: list[Mark] = []
     seen: dict[str, str] = {}
     for i, name in enumerate(names):

@@ -33,6 +33,7 @@ from joulesmith.plan.space import (
     make_space,
     price_rest,
     stream_weights,
+    token_joules,
     totals,
     workload_joules,
     worthwhile,
@@ -167,7 +168,7 @@ class _Job:
         with stage("reference") as tick:
             seen, final = self._references(model, inputs, tick)
         with stage("joule table") as tick:
-            table, rest, types = self._price(model, given, accident, tick)
+            table, beside, types = self._price(model, given, accident, tick)
         with stage("round") as tick:
             store = candidate_store.make(
                 model,
@@ -215,7 +216,7 @@ class _Job:
             trial, quality, path = self._judge(
                 model, store, space, correction, trials, final, lambda x: tick(x * 0.5)
             )
-            shown = self._shown(model, table, rest, found_marks)
+            shown = self._shown(model, table, beside["rest"], found_marks)
             rivals = marks.write_rivals(
                 peer,
                 shown,
@@ -244,7 +245,8 @@ class _Job:
             self.engine,
             inputs,
             table,
-            rest,
+            beside["rest"],
+            beside["untouched"],
             space,
             correction,
             trials,
@@ -316,8 +318,8 @@ class _Job:
 
     def _price(
         self, model: Model, given: Mapping[str, str], accident: bool, tick: Tick
-    ) -> tuple[JouleTable, dict[str, float], list[str]]:
-        """The joule table, what a token costs beside the matrices, and the types worth trying."""
+    ) -> tuple[JouleTable, dict[str, dict[str, float]], list[str]]:
+        """The joule table, what a token costs beside it and untouched, the types worth trying."""
         from joulesmith.compress.quantize import kquants, legacy
         from joulesmith.compress.quantize.grids import grid
         from joulesmith.compress.quantize.rounding import coarseness
@@ -348,14 +350,18 @@ class _Job:
         noise = {t: coarseness(grid(t)) for t in types}
         chosen = worthwhile(types, shapes, cost, noise)
 
-        def measure_rest() -> dict[str, float]:
-            path = marks.write_float(model, self.ws)
+        def runs_of(path: Path) -> list[Bench]:
             prefill, decode = self.s.workload[0], min(64, self.s.workload[1])
             with self.engine.load(path, context=prefill + decode) as session:
-                runs = [session.bench(prefill, decode, seed=i) for i in range(3)]
-            return price_rest(model.matrices(), table.price, FLOAT, runs)
+                return [session.bench(prefill, decode, seed=i) for i in range(3)]
 
-        stored = self.ws.once("rest", measure_rest)
+        def measure_rest() -> dict[str, dict[str, float]]:
+            probe, kinds = marks.write_probe(model, self.ws, self.s.engine_lib)
+            found = price_rest(model.matrices(), kinds, FLOAT, table.price, runs_of(probe))
+            untouched = token_joules(runs_of(marks.write_float(model, self.ws)), self.s.workload)
+            return {"rest": found, "untouched": untouched}
+
+        stored = self.ws.once("beside", measure_rest)
         tick(1.0)
         return table, stored, chosen
 

@@ -102,13 +102,13 @@ def make_ratios(found: Rounds, ours: str, others: Sequence[str], seed: int) -> l
     return out
 
 
-def drift(predicted: Mapping[str, float], untouched: Run) -> dict[str, float]:
-    """Measured / predicted joules of the untouched model, by phase: the machine's drift."""
+def drift(before: Mapping[str, float], untouched: Run) -> dict[str, float]:
+    """Joules of the untouched model now / before, by phase: the machine's drift."""
     out: dict[str, float] = {}
     for phase in PHASES:
         measured = getattr(untouched, phase).joules
-        if measured is not None and predicted[phase] > 0:
-            out[phase] = measured / predicted[phase]
+        if measured is not None and before[phase] > 0:
+            out[phase] = measured / before[phase]
     return out
 
 

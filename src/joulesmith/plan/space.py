@@ -118,27 +118,39 @@ def fast_types(space: Space, most: int = 1) -> list[str]:
     return [kind for kind, _ in found.most_common(most)]
 
 
-def price_rest(
-    matrices: Sequence[TensorRef], price: Price, float_type: str, runs: Sequence[Bench]
-) -> dict[str, float]:
-    """Joules per token that are not in the matrices (attention, norms, waiting), by phase.
+def token_joules(runs: Sequence[Bench], workload: tuple[int, int]) -> dict[str, float]:
+    """Median joules per token of some runs: "decode", "prefill", "workload" (prompt:answer).
 
-    runs: of the untouched model. Where energy is unknown, everything is in seconds,
-    which is what ``price`` then gives too.
+    Seconds where energy is unknown, which is what a joule table then gives too.
     """
-    tied = not any(m.role == "output" for m in matrices)
-    workload = (runs[0].prefill_tokens, runs[0].decode_tokens)
-    sums = [0.0, 0.0]
-    for ref in matrices:
-        for i, j in enumerate(tensor_joules(ref, float_type, price, workload, tied)):
-            sums[i] += j
 
     def per_token(reading: Reading, tokens: int) -> float:
         return (reading.seconds if reading.joules is None else reading.joules) / tokens
 
     decode = median(per_token(r.decode, r.decode_tokens) for r in runs)
     prefill = median(per_token(r.prefill, r.prefill_tokens) for r in runs)
-    return {"decode": decode - sums[0], "prefill": prefill - sums[1]}
+    whole = workload_joules(decode, prefill, workload)
+    return {"decode": decode, "prefill": prefill, "workload": whole}
+
+
+def price_rest(
+    matrices: Sequence[TensorRef],
+    types: Mapping[str, str],
+    float_type: str,
+    price: Price,
+    runs: Sequence[Bench],
+) -> dict[str, float]:
+    """Joules per token that are not in the matrices (attention, norms, waiting), by phase.
+
+    runs: of a file of these types. It should be a quantized one, as the plan will be: a
+    float file waits for memory where a quantized one computes, and the table sees that
+    apart from its surroundings.
+    """
+    workload = (runs[0].prefill_tokens, runs[0].decode_tokens)
+    none = {"decode": 0.0, "prefill": 0.0}
+    bare = totals(matrices, types, float_type, price, none, workload)
+    whole = token_joules(runs, workload)
+    return {phase: whole[phase] - bare[phase] for phase in none}
 
 
 def totals(
