@@ -167,6 +167,7 @@ class _Job:
         release_memory()
         with stage("reference") as tick:
             seen, final = self._references(model, inputs, tick)
+        release_memory()
         with stage("joule table") as tick:
             table, beside, types = self._price(model, given, accident, tick)
         with stage("round") as tick:
