@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,14 +62,15 @@ class Score:
     covered: list[bool]
     covered_power: list[float]
 
-    def add(
-        self, load: Array, truth: Array, guess: Array, low: float = 1.0, high: float = 1.0
-    ) -> None:
-        ratio = float(np.trapezoid(guess, load) / np.trapezoid(truth, load))
-        self.energy.append(ratio - 1)
+    def add(self, load: Array, truth: Array, guess: Array, model: CpuPower | None = None) -> None:
+        """model: whose interval is judged; without one it has no width."""
+        energy = float(np.trapezoid(truth, load))
+        self.energy.append(float(np.trapezoid(guess, load)) / energy - 1)
         self.power.append(float(np.mean(np.abs(guess - truth) / truth)))
-        self.covered.append(low <= 1 / ratio <= high)
-        self.covered_power.append(float(np.mean((low * guess <= truth) & (truth <= high * guess))))
+        factors = [(1.0, 1.0) if model is None else model.interval(float(x)) for x in load]
+        low, high = guess * np.array(factors).T
+        self.covered.append(bool(np.trapezoid(low, load) <= energy <= np.trapezoid(high, load)))
+        self.covered_power.append(float(np.mean((low <= truth) & (truth <= high))))
 
 
 def score() -> Score:
@@ -106,7 +107,7 @@ def held_out(
             if group(m) == name:
                 model = way(m, walls)
                 guess = predict(model, LOADS)
-                found[name].add(LOADS, m.watts, guess, model.low, model.high)
+                found[name].add(LOADS, m.watts, guess, model)
     return found
 
 
@@ -133,7 +134,7 @@ def tdp_known(m: Server, walls: dict[str, power_curve.Wall]) -> CpuPower:
 def sweep_left_out(s: Sweep, rapl: Sequence[Sweep], recent: Sequence[Server]) -> CpuPower:
     idle, top, exponent = fit_package(list(recent), [o for o in rapl if o.cpu != s.cpu])
     stated = CpuPower.from_tdp(s.tdp, boundary="package")
-    return CpuPower("", 1, idle * s.tdp, top * s.tdp, 0.0, exponent, stated.low, stated.high, "")
+    return replace(stated, idle_watts=idle * s.tdp, max_watts=top * s.tdp, exponent=exponent)
 
 
 def merged(scores: Iterable[Score]) -> Score:
@@ -205,7 +206,10 @@ def report(machines: list[Server], rapl: list[Sweep]) -> list[str]:
     rows.append(row("generation left out, class not told (a guest)", len(s.energy), s))
     straight = score()
     for m in new:
-        straight.add(LOADS, m.watts, m.watts[0] + (m.watts[-1] - m.watts[0]) * LOADS, 0.85, 1.15)
+        line = CpuPower.from_ends(
+            float(m.watts[0]), float(m.watts[-1]), curve=power_curve.LINE, boundary="wall"
+        )
+        straight.add(LOADS, m.watts, predict(line, LOADS), line)
     rows.append(row("a straight line between the two", len(new), straight))
     out += table("what", rows)
     out += [
@@ -239,13 +243,18 @@ def report(machines: list[Server], rapl: list[Sweep]) -> list[str]:
             rows.append(row(name, len(some), s, interval=False))
         out += [title + ":", "", *table("way", rows)]
 
-    out += ["## Only the TDP known, processor packages (RAPL), interval +-50 %", ""]
+    out += [
+        "## Only the TDP known, processor packages (RAPL)",
+        "",
+        "Interval +-50 % at full load, x0.28 to x2.1 at none, between by the load.",
+        "",
+    ]
     rows = []
     both = score()
     for s in rapl:
         model = sweep_left_out(s, rapl, known)
         one = score()
-        one.add(s.load, s.watts, predict(model, s.load), model.low, model.high)
+        one.add(s.load, s.watts, predict(model, s.load), model)
         both = merged([both, one])
         rows.append(row(f"ours, left out: {s.cpu}, {s.name}", 1, one))
     rows.append(row("ours, all of them", len(rapl), both))
@@ -261,8 +270,12 @@ def report(machines: list[Server], rapl: list[Sweep]) -> list[str]:
             curve=power_curve.Curve(exponent),
             boundary="package",
         )
-        known_ends.add(s.load, s.watts, predict(m, s.load), m.low, m.high)
-    out += ["The same sweeps with the package's own idle and maximum known (interval +-30 %):", ""]
+        known_ends.add(s.load, s.watts, predict(m, s.load), m)
+    out += [
+        "The same sweeps with the package's own idle and maximum known (interval +-30 % at full",
+        "load, x0.28 to x2.6 at none):",
+        "",
+    ]
     out += table("way", [row("ours", len(rapl), known_ends)])
     out += [
         "A package's sweep depends on how the load was made: a few cores flat out draw more",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import subprocess
 import sys
@@ -217,6 +218,21 @@ def test_published_servers(
     package = CpuPower.from_tdp(tdp, sockets=chips, boundary="package")
     assert wall.low < sum(watts) / sum(map(wall.watts, loads)) < wall.high
     assert package.idle_watts < wall.idle_watts and package.max_watts < wall.max_watts
+
+
+def test_a_packages_interval_is_wider_at_light_load() -> None:
+    package = CpuPower.from_tdp(100, boundary="package")
+    wall = CpuPower.from_tdp(100, boundary="wall")
+    assert wall.interval(0) == wall.interval(1) == (wall.low, wall.high)
+    assert package.interval(1) == pytest.approx((0.5, 1.5))
+    widths = [high / low for low, high in map(package.interval, (0.0, 0.3, 0.7, 1.0, 2.0))]
+    assert widths == sorted(widths, reverse=True) and widths[-1] == widths[-2]
+    for load in (0.0, 0.4, 1.0):
+        e, factors = package.cpu(10, 10 * load), package.interval(load)
+        assert (e.low, e.high) == pytest.approx([e.joules * f for f in factors])
+    assert "near idle" in package.said_interval and "near" not in wall.said_interval
+    with pytest.raises(JoulesmithError, match="interval out of range"):
+        dataclasses.replace(package, light=0.5)
 
 
 def test_boundaries() -> None:

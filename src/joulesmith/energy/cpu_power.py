@@ -51,6 +51,9 @@ _SIZE_EXPONENT = 0.55
 _ERROR_TDP, _ERROR_COARSE, _ERROR_GIVEN, _ERROR_GIVEN_PACKAGE = 0.50, 0.70, 0.15, 0.30
 """Measured by ``benchmarks/power_model.py``, but for coarse rows. A package's curve hangs
 on how its load is made, hence the wider interval of its known ends."""
+_LIGHT_PACKAGE, _LIGHT_GIVEN_PACKAGE = 1.85, 3.6
+"""How much wider a package's interval is, in logarithms, at no load: packages of one TDP
+draw from 0.4 to 2 times the model there, and agree within a quarter at full load."""
 _ERROR_GIVEN_UNSEEN = 0.25
 """A maker whose machines were not fitted: the other maker's curve misses by 14 %."""
 _HIGH_DESKTOP = 2.2
@@ -78,7 +81,8 @@ class CpuPower:
     idle_watts, max_watts: of the boundary, this machine's share of it.
     dram_watts: memory, 0 where the other two already hold it.
     exponent, jump, bend: see `power_curve.Curve`.
-    low, high: factors on joules, the 90 % interval.
+    low, high: factors on joules with all CPUs busy, the 90 % interval.
+    light: by how much its logarithms are larger at no load; between, by the load.
     boundary: what the watts are of; "package" or "wall".
     """
 
@@ -95,6 +99,7 @@ class CpuPower:
     jump: float = 0.0
     bend: float = 0.0
     boundary: Boundary = "package"
+    light: float = 1.0
 
     def __post_init__(self) -> None:
         # A maximum of 0 W would print joules of 0 for work that was done.
@@ -103,7 +108,8 @@ class CpuPower:
                 "idle watts must lie between 0 and max watts, max above 0: "
                 f"{self.idle_watts:g} and {self.max_watts:g} W"
             )
-        if not (0 < self.low <= 1 <= self.high and self.cpus > 0 and self.dram_watts >= 0):
+        sound = 0 < self.low <= 1 <= self.high and 1 <= self.light < math.inf
+        if not (sound and self.cpus > 0 and self.dram_watts >= 0):
             raise JoulesmithError("CPU power model: cpus, memory or interval out of range")
         try:
             Curve(self.exponent, self.jump, self.bend)
@@ -255,7 +261,9 @@ class CpuPower:
         cores_per_socket: int | None = None,
         memory_bytes: int = 0,
     ) -> CpuPower:
-        """A machine of which idle and full-load watts are known: +-15 %, a package +-30 %.
+        """A machine of which idle and full-load watts are known: +-15 %.
+
+        A package's interval is +-30 % at full load and far wider below (`interval`).
 
         boundary: of the two numbers; at the wall they hold memory, else memory_bytes
         adds its draw. curve: default by vendor, kind and cores_per_socket at the wall
@@ -279,6 +287,7 @@ class CpuPower:
             jump=curve.jump,
             bend=curve.bend,
             boundary=boundary,
+            light=_LIGHT_GIVEN_PACKAGE if boundary == "package" else 1.0,
         )
 
     @classmethod
@@ -294,7 +303,9 @@ class CpuPower:
         cores_per_socket: int | None = None,
         memory_bytes: int = 0,
     ) -> CpuPower:
-        """A machine of which only the TDP of a socket is known, +-50 %.
+        """A machine of which only the TDP of a socket is known: +-50 %.
+
+        A package's interval is wider below full load (`interval`).
 
         boundary: what to estimate: "package", the processors as RAPL counts them
         (memory_bytes adds memory's draw), or "wall", the whole machine (memory is in
@@ -321,7 +332,22 @@ class CpuPower:
             jump=curve.jump,
             bend=curve.bend,
             boundary=boundary,
+            light=_LIGHT_PACKAGE if boundary == "package" else 1.0,
         )
+
+    def interval(self, load: float) -> tuple[float, float]:
+        """Factors on joules at a load of 0..1, the 90 % interval."""
+        wider = 1.0 + (self.light - 1.0) * (1.0 - min(1.0, max(0.0, load)))
+        return self.low**wider, self.high**wider
+
+    @property
+    def said_interval(self) -> str:
+        """The interval in words."""
+        said = f"interval x{self.low:.2g} to x{self.high:.2g}"
+        if self.light == 1.0:
+            return said
+        low, high = self.interval(0.0)
+        return f"{said} at full load, x{low:.2g} to x{high:.2g} near idle"
 
     @property
     def curve(self) -> Curve:
@@ -355,7 +381,8 @@ class CpuPower:
         load = own + others
         marginal = self._dynamic(load) * (own / load) * seconds if own > 0 else 0.0
         joules = marginal + self.idle_watts * (1.0 - others) * seconds
-        return Energy(joules, marginal, joules * self.low, joules * self.high)
+        low, high = self.interval(load)
+        return Energy(joules, marginal, joules * low, joules * high)
 
     def dram(self, seconds: float, others: float = 0.0, traffic_bytes: float = 0.0) -> Energy:
         """Memory's joules over a window.

@@ -230,5 +230,5 @@ def _look_model() -> Finding:
         f"{m.source}; {m.machine_idle_watts:.3g} W idle to {m.machine_max_watts:.3g} W with all "
         "CPUs busy, used where no counter is"
     )
-    accuracy = f"modelled, x{m.low:.2g} to x{m.high:.2g} for the processor"
+    accuracy = f"modelled, for the processor {m.said_interval}"
     return Finding(name, "present", found, "", accuracy)

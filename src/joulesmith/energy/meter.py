@@ -230,9 +230,7 @@ class EnergyMeter:
             said.append(f"measured by RAPL: {zones}")
         if not self.measures_cpu:
             m = self._model
-            said.append(
-                f"processor and memory modelled: {m.source}; interval x{m.low:.2g} to x{m.high:.2g}"
-            )
+            said.append(f"processor and memory modelled: {m.source}; {m.said_interval}")
         said += [
             f"{g.device} ({g.name}) measured by NVML "
             + ("energy counter" if g.counts else "power samples")
