@@ -38,14 +38,23 @@ def safe_ratio(a: Tensor, b: Tensor) -> Tensor:
 
 
 def search_step(
-    x: Tensor, weight: Tensor, round_: Round, landings: Sequence[float], snap: Snap = half
+    x: Tensor,
+    weight: Tensor,
+    round_: Round,
+    landings: Sequence[float],
+    snap: Snap = half,
+    *,
+    positive: bool = False,
 ) -> Tensor:
     """The step of each group that makes ``sum(weight * (x - step * level)^2)`` least.
 
     x, weight: (n, group), weight >= 0. landings: where on the level axis the
-    largest weight is tried (``step = largest / landing``). Returns (n,), snapped.
+    largest weight is tried (``step = largest / landing``). positive: for engines that
+    know no negative scales. Returns (n,), snapped.
     """
     peak = x.gather(1, x.abs().argmax(1, keepdim=True))
+    if positive:
+        peak = peak.abs()
     wx = weight * x
     best_gain = torch.full_like(peak, -1.0)
     best = torch.zeros_like(peak)
