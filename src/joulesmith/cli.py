@@ -136,6 +136,45 @@ def optimize(
                 print("This run was done before; nothing was computed again.")
 
 
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write, in compressed-tensors format.")],
+    type_: Annotated[
+        str,
+        typer.Option("--type", help="INT4-G128, INT4-G64-ZP (with zeros), INT8-G128 ..."),
+    ] = "INT4-G64",
+    calib: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Text file to calibrate on. Default: the model's own samples."),
+    ] = None,
+    eval_: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--eval", help="Text file to judge on. Default: English that Python ships."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and of splits.")] = 0,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Quantize a model's weights for vLLM and transformers, and say what is kept.
+
+    Every matrix of the decoder blocks gets the one type, rounded with error feedback; the
+    rest is float16. The same command again goes on where it stopped.
+    """
+    from joulesmith.job.quantize import quantize as run
+    from joulesmith.progress import Progress
+
+    with _interruptible("the same command goes on where it stopped"):
+        found = run(
+            model, type_, out, calib=calib, evaluation=eval_, seed=seed, progress=Progress({})
+        )
+    if json_:
+        _print_json(found)
+    else:
+        from joulesmith.report.model_tables import render_quantized
+
+        render_quantized(found, _console())
+
+
 @app.command("measure-model")
 def measure_model(
     model: Model,

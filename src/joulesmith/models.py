@@ -45,6 +45,7 @@ __all__ = [
     "resolve",
     "save",
     "set_gguf_weight",
+    "write_tokenizer_of",
 ]
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -221,15 +222,20 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
             if type(e).__name__ == "SafetensorError":
                 raise JoulesmithError(f"cannot write weights: {folder}: {e}") from e
             raise
-        if model.given is None:
-            for pattern in ("tokenizer*", "special_tokens_map.json", "chat_template*"):
-                for file in model.path.glob(pattern):
-                    if file.is_file():
-                        shutil.copyfile(file, temp / file.name)
-        else:
-            from joulesmith.vocab_folder import write_tokenizer
+        write_tokenizer_of(model, temp)
 
-            write_tokenizer(model.tokenizer, model.metadata, temp)
+
+def write_tokenizer_of(model: Model, folder: Path) -> None:
+    """The tokenizer's files of a Hugging Face folder: copied, or made from the GGUF."""
+    if model.given is None:
+        for pattern in ("tokenizer*", "special_tokens_map.json", "chat_template*"):
+            for file in model.path.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, folder / file.name)
+    else:
+        from joulesmith.vocab_folder import write_tokenizer
+
+        write_tokenizer(model.tokenizer, model.metadata, folder)
 
 
 def _parameter(model: Model, name: str) -> tuple[TensorRef, Any]:

@@ -25,7 +25,7 @@ from joulesmith.job.inputs import Inputs, gather
 from joulesmith.job.judge import FLOAT, Judge, score_file, write_choice
 from joulesmith.job.machine import PeakMemory
 from joulesmith.job.settings import Settings, check
-from joulesmith.memory import release_memory
+from joulesmith.memory import release_memory, return_large_blocks
 from joulesmith.plan import candidates as candidate_store
 from joulesmith.plan.search import Space, Trial, bolder, correct, safer, search
 from joulesmith.plan.space import (
@@ -127,6 +127,7 @@ class _Job:
 
     def run(self) -> Result:
         """All stages; returns the stored result."""
+        return_large_blocks()
         with PeakMemory() as memory:
             result = self._run(memory)
         with self.progress.stage("report"):

@@ -7,7 +7,7 @@ Knows no joules and no solver.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from joulesmith.progress import Tick, silent
 
 if TYPE_CHECKING:
     from joulesmith.compress.quantize.walk import Rounded
-    from joulesmith.models import Model
+    from joulesmith.models import Model, TensorRef
 
 
 class Candidates:
@@ -94,8 +94,11 @@ class Candidates:
 
 
 def activation_block(kind: str) -> int:
-    """How many inputs share a scale when llama.cpp multiplies by this type; 0: floats."""
-    if kind in ("F32", "F16", "BF16"):
+    """How many inputs share a scale when the engine multiplies by this type; 0: floats.
+
+    Integer grids run on engines that leave inputs as they are, the rest on llama.cpp.
+    """
+    if kind in ("F32", "F16", "BF16") or "-G" in kind:
         return 0
     return 256 if kind.endswith("_K") else 32
 
@@ -112,14 +115,14 @@ def _save(path: Path, array: NDArray[Any]) -> None:
 def make(
     model: Model,
     windows: NDArray[np.int32],
-    types: Sequence[str],
+    types: Sequence[str] | Callable[[TensorRef], Sequence[str]],
     folder: Path,
     *,
     effort: str = "default",
     seed: int = 0,
     progress: Tick = silent,
 ) -> Candidates:
-    """Round every matrix of ``model`` onto each of ``types`` that its rows fit.
+    """Round every matrix of ``model`` onto each of ``types`` (of its own) that its rows fit.
 
     windows: calibration tokens, int32 (n, length). A second call with the same folder
     does only what is missing.
@@ -132,7 +135,7 @@ def make(
         walk(
             model,
             windows,
-            lambda _: types,
+            types if callable(types) else lambda _: types,
             store.keep,
             effort=effort,
             skip=store.has,

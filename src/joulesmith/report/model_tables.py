@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from joulesmith.inspection import Inspection
+    from joulesmith.job.quantize import Quantized
     from joulesmith.measure import Measurement
 
 
@@ -92,3 +93,22 @@ def render_inspection(found: Inspection, console: Console, *, every_tensor: bool
             shape = " x ".join(map(str, line.shape))
             rows.add_row(Text(line.name), shape, line.type, size(line.bytes))
         console.print(rows)
+
+
+def render_quantized(found: Quantized, console: Console, worst: int = 5) -> None:
+    """What a quantized model keeps, and which matrices were damaged most."""
+    from rich.text import Text
+
+    q = found.quality
+    lines = [
+        f"{found.folder}: {size(found.bytes)}, {found.type}, {found.bits_per_weight:.3f} bits per "
+        "weight in the blocks, the rest float16",
+        f"kept {q.kept:.4f} of the quality (at least {q.kept_low:.4f}), KL {q.kl:.4f} nats, "
+        f"top-1 {q.top1:.1%}, perplexity {q.perplexity:.2f} ({q.reference_perplexity:.2f} before)",
+        f"judged on {q.tokens} tokens of {q.text}, against {found.origin}",
+        f"predicted damage {sum(found.damage.values()):.4f} nats, most of all:",
+    ]
+    most = sorted(found.damage, key=lambda n: -found.damage[n])[:worst]
+    lines += [f"  {found.damage[n]:.5f}  {n}" for n in most]
+    for line in lines:
+        console.print(Text(line))

@@ -333,15 +333,20 @@ def _importance(importance: Array | None, w: Tensor) -> Tensor:
 
 
 def grid(name: str) -> Format:
-    """The grid called ``name`` (``"Q4_0"``, ``"IQ4_NL"``, ``"BF16"`` ...).
+    """The grid called ``name`` (``"Q4_0"``, ``"IQ4_NL"``, ``"BF16"``, ``"INT4-G128"`` ...).
 
     Raises `JoulesmithError` naming the known ones.
     """
-    from joulesmith.compress.quantize import kquants, legacy
+    from joulesmith.compress.quantize import integers, kquants, legacy
+
+    if (found := integers.by_name(name)) is not None:
+        return found
 
     known: dict[str, Format] = {c.name: c for c in (F32(), F16(), BF16())}
     known |= legacy.GRIDS
     known |= kquants.GRIDS
     if name not in known:
-        raise JoulesmithError(f"unknown tensor type {name!r}: known are {', '.join(known)}")
+        raise JoulesmithError(
+            f"unknown tensor type {name!r}: known are {', '.join(known)}, INT4-G128 and the like"
+        )
     return known[name]

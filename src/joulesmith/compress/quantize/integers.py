@@ -171,23 +171,17 @@ def unpack_codes(raw: Bytes, bits: int, n: int) -> NDArray[np.uint8]:
     return codes
 
 
-_NAME = re.compile(r"(?:INT([2-8])|(TERNARY))-(?:G(\d+)|CHANNEL)(-ZP)?", re.IGNORECASE)
+_NAME = re.compile(r"(?:INT([2-8])|(TERNARY))-G(\d{1,6})(-ZP)?")
 
 
-def integer_grid(name: str, columns: int) -> IntGrid:
-    """ "INT4-G128", "INT4-G128-ZP", "INT8-CHANNEL", "TERNARY-G64" for rows of ``columns``.
+def by_name(name: str) -> IntGrid | None:
+    """The grid "INT4-G128", "INT4-G128-ZP", "TERNARY-G64" ...; None for another name.
 
-    Raises `JoulesmithError` for another name, or groups that do not divide the rows.
+    A scale for a whole row is a group of as many columns as the row has. Raises
+    `JoulesmithError` as `IntGrid` does.
     """
     match = _NAME.fullmatch(name)
     if match is None:
-        raise JoulesmithError(
-            f"unknown integer grid {name!r}: give INT4-G128, INT4-G128-ZP, INT8-CHANNEL or the like"
-        )
-    group = int(match[3]) if match[3] else columns
-    found = IntGrid(TERNARY if match[2] else int(match[1]), group, symmetric=match[4] is None)
-    if not found.fits(columns):
-        raise JoulesmithError(
-            f"rows of {columns} weights do not cut into groups of {group}: choose a smaller group"
-        )
-    return found
+        return None
+    bits = TERNARY if match[2] else int(match[1])
+    return IntGrid(bits, int(match[3]), symmetric=match[4] is None)
