@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from runner import Run
+
 from tiny import write_tiny
 
 
