@@ -24,10 +24,12 @@ UNKNOWN = Reading(None, 2.0, notes=("why",))
 def shown(
     *readings: Reading, other: Reading | None = None, encoding: str = "utf-8", label: str = "run me"
 ) -> str:
-    both = [Measured(label, ("run",), tuple(Run(r, 0, None, None) for r in readings))]
+    both = [Measured(label, ("run",), tuple(Run(r, 0, None, None, 0.0) for r in readings))]
     if other is not None:
         both.append(
-            Measured("the other", ("other",), tuple(Run(other, 7, None, 5000) for _ in readings))
+            Measured(
+                "the other", ("other",), tuple(Run(other, 7, None, 5000, 0.0) for _ in readings)
+            )
         )
     report = Report(
         tuple(both),
@@ -82,7 +84,7 @@ def test_ratio(rounds: int, said: str) -> None:
 
 
 def test_death_by_signal_has_its_name() -> None:
-    m = Measured("x", ("x",), (Run(READING, 139, 11, None),))
+    m = Measured("x", ("x",), (Run(READING, 139, 11, None, 0.0),))
     report = Report(
         (m,), (footprint(READING, 1.0),), (bill(READING, 1.0),), None, "s", None, 1.0, False
     )
