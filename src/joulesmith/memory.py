@@ -19,7 +19,7 @@ def return_large_blocks() -> None:
     """From now on, buffers of 4 MiB and more go back to the system as they are freed.
 
     By itself the C library raises that size to 32 MiB as a program frees such buffers,
-    and then keeps them: half of what rounding held was not in use.
+    and then keeps them: a quarter of what rounding held was not in use.
     """
     if (mallopt := _of_libc("mallopt")) is not None and _of_libc("malloc_trim") is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE)

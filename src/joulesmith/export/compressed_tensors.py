@@ -74,12 +74,18 @@ def write_compressed(
     return size
 
 
+def loadable(kind: str) -> IntGrid | None:
+    """The grid of that name where engines have kernels for it, else None."""
+    g = grid(kind)
+    return g if isinstance(g, IntGrid) and g.bits in ENGINE_BITS else None
+
+
 def _layer(
     model: Model, name: str, kind: str, packed: Bytes
 ) -> tuple[IntGrid, tuple[NDArray[np.uint8], Tensor, Tensor | None]]:
     """-> the grid; codes, steps and zeros in torch's row order."""
-    ref, g = model.ref(name), grid(kind)
-    if not isinstance(g, IntGrid) or g.bits not in ENGINE_BITS or len(g.levels) < 16:
+    ref, g = model.ref(name), loadable(kind)
+    if g is None:
         raise JoulesmithError(
             f"{name} is {kind}: engines load packed integers of 4 and 8 bits (INT4-G128, "
             "INT8-G64-ZP ...)"

@@ -65,13 +65,11 @@ def quantize(
     interrupted goes on there. Raises `JoulesmithError` for a type that engines cannot
     load, an ``out`` that exists, or text that is missing.
     """
-    from joulesmith.compress.quantize.grids import grid
-    from joulesmith.compress.quantize.integers import IntGrid
-    from joulesmith.export.compressed_tensors import ENGINE_BITS
+    from joulesmith.export.compressed_tensors import loadable
     from joulesmith.models import load
 
-    g = grid(kind)
-    if not isinstance(g, IntGrid) or g.bits not in ENGINE_BITS or len(g.levels) < 16:
+    g = loadable(kind)
+    if g is None:
         raise JoulesmithError(
             f"--type {kind}: give integers of 4 or 8 bits by group, such as INT4-G128, "
             "INT4-G64-ZP or INT8-G128"
@@ -92,7 +90,8 @@ def quantize(
         inside = [r for r in loaded.matrices() if r.layer is not None]
         for ref in inside:
             g.row_bytes(ref.shape[1])  # told before any work is done
-    beside = out.with_name(out.name + ".work")
+    whole = out.resolve()  # "." has no name
+    beside = whole.with_name(whole.name + ".work")
     with Workspace(beside, arguments) as workspace:
         found = _run(loaded, inside, g, out, workspace, calib, evaluation, seed, show)
     shutil.rmtree(beside, ignore_errors=True)

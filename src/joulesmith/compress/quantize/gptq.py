@@ -25,7 +25,7 @@ from joulesmith.errors import JoulesmithError
 ROWS = 2048
 """Rows rounded at a time, which bounds memory: rows do not depend on each other."""
 DAMPING = 0.1
-"""Share of each Hessian diagonal: 0.01 loses 10 % more on text not calibrated on, 0.25 3 %."""
+"""Share of each Hessian diagonal; 0.25 loses 3 % more KL at four bits on held-out text."""
 LAZY = 32
 """Columns whose feedback is gathered before it reaches the columns beyond (GPTQ, section 3.3)."""
 
