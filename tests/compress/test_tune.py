@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tiny import write_tiny
 
 from joulesmith import models, text
 from joulesmith.compress.quantize import tune
 from joulesmith.compress.quantize.grids import Bytes, Grid, grid
 from joulesmith.errors import JoulesmithError
+from tiny import write_tiny
 
 
 @pytest.fixture(scope="module")

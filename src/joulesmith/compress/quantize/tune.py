@@ -259,7 +259,7 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         step, offset = self.scales()
-        y: Tensor = _Product.apply(x, step, offset, self.w, self.level)
+        y: Tensor = _Product.apply(x, step, offset, self.w, self.level)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
     def packed(self) -> Bytes:
