@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from joulesmith.compress.quantize.scales import half
 from joulesmith.errors import JoulesmithError
 
 Bytes = NDArray[np.uint8]
@@ -59,6 +60,9 @@ def join(parts: list[Lattice]) -> Lattice:
     )
 
 
+F = TypeVar("F", bound="Format")
+
+
 class Format(ABC):
     """A GGUF tensor type: float32 rows in, packed rows out, and back."""
 
@@ -89,6 +93,14 @@ class Format(ABC):
                 f"{self.block}: choose a type with a smaller block"
             )
         return columns // self.block * self.block_bytes
+
+    def bind(self: F, w: Array, importance: Array | None = None) -> F:
+        """This type with what all rows of a tensor share fixed from the whole of w.
+
+        The type itself where rows share nothing. Whoever packs a tensor in pieces of
+        rows binds first; the other methods bind to the rows they are given.
+        """
+        return self
 
     @abstractmethod
     def pack(self, w: Array, importance: Array | None = None) -> Bytes:
@@ -156,25 +168,27 @@ class Grid(Format):
 
     group: ClassVar[int]
     """Weights that share a step."""
-    levels: ClassVar[tuple[int, ...]]
+    levels: ClassVar[tuple[float, ...]]
     """Level of each code, ascending."""
     largest: ClassVar[float]
     """The largest magnitude that the type can hold."""
     first: ClassVar[int] = 0
     """The lowest code that rounding may give (readable codes below it stay readable)."""
     free_scales: ClassVar[bool] = False
-    """Whether each group owns a float16 scale, free of its neighbours'."""
+    """Whether each group owns a scale, free of its neighbours', that `storable` can snap."""
 
     def __init__(self) -> None:
         self._levels = torch.tensor(self.levels, dtype=torch.float32)
         self._uniform = bool(((self._levels[1:] - self._levels[:-1]) == 1).all())
-        # levels are whole numbers, so the border between two is a multiple of a half:
-        # a table over half-steps finds the nearest one exactly, and without a search
-        edges = (self._levels[1:] + self._levels[:-1]) / 2
-        self._low, self._high = 2 * self.levels[0], 2 * self.levels[-1]
-        cells = torch.arange(self._low, self._high + 1) / 2 + 0.25
-        self._table = torch.bucketize(cells, edges).byte()
-        self._level_table = self._levels[self._table.long()]
+        self._edges = (self._levels[1:] + self._levels[:-1]) / 2
+        self._whole = all(float(level).is_integer() for level in self.levels)
+        if self._whole:
+            # the border between two whole levels is a multiple of a half: a table over
+            # half-steps finds the nearest one exactly, and without a search
+            self._low, self._high = int(2 * self.levels[0]), int(2 * self.levels[-1])
+            cells = torch.arange(self._low, self._high + 1) / 2 + 0.25
+            self._table = torch.bucketize(cells, self._edges).byte()
+            self._level_table = self._levels[self._table.long()]
 
     # -- rounding -------------------------------------------------------------
 
@@ -182,6 +196,8 @@ class Grid(Format):
         """Multiples of the step, any shape -> the nearest level, float32."""
         if self._uniform:
             return u.round().clamp_(self.levels[self.first], self.levels[-1])
+        if not self._whole:
+            return self._levels[torch.bucketize(u, self._edges)]
         return self._level_table[self._cell(u)]
 
     def nearest_code(self, u: Tensor) -> Tensor:
@@ -189,6 +205,8 @@ class Grid(Format):
         if self._uniform:
             low = self.levels[0]
             return (u.round().clamp_(self.levels[self.first], self.levels[-1]) - low).byte()
+        if not self._whole:
+            return torch.bucketize(u, self._edges).byte()
         return self._table[self._cell(u)]
 
     def _cell(self, u: Tensor) -> Tensor:
@@ -217,6 +235,10 @@ class Grid(Format):
     def search(self, x: Tensor, weight: Tensor) -> Lattice:
         """Scales of one chunk of rows; arguments as in `fit`, checked and expanded."""
 
+    def storable(self, scale: Tensor) -> Tensor:
+        """The nearest step (or offset) that a group can store, where scales are free."""
+        return half(scale)
+
     @abstractmethod
     def snap(self, step: Tensor, offset: Tensor | None) -> Lattice:
         """The storable lattice nearest to wanted steps and offsets, (rows, groups) each."""
@@ -229,7 +251,7 @@ class Grid(Format):
         """
         t = rows_of(w, self)
         rows, columns = t.shape
-        weight = _importance(importance, t)
+        weight = importance_of(importance, t)
         parts = []
         for start in range(0, rows, max(1, CHUNK // columns)):
             stop = min(rows, start + max(1, CHUNK // columns))
@@ -316,8 +338,8 @@ def check_packed(packed: Bytes, columns: int, grid: Format) -> None:
         )
 
 
-def _importance(importance: Array | None, w: Tensor) -> Tensor:
-    """-> (1 or rows, columns) float32, checked."""
+def importance_of(importance: Array | None, w: Tensor) -> Tensor:
+    """Weights of squared errors as (1 or rows, columns) float32, checked; None: all one."""
     if importance is None:
         return torch.ones(1, w.shape[1])
     t = torch.as_tensor(importance).detach().to(dtype=torch.float32)
@@ -333,13 +355,13 @@ def _importance(importance: Array | None, w: Tensor) -> Tensor:
 
 
 def grid(name: str) -> Format:
-    """The grid called ``name`` (``"Q4_0"``, ``"IQ4_NL"``, ``"BF16"``, ``"INT4-G128"`` ...).
+    """The grid called ``name`` (``"Q4_0"``, ``"BF16"``, ``"INT4-G128"``, ``"NF4-G64"`` ...).
 
     Raises `JoulesmithError` naming the known ones.
     """
-    from joulesmith.compress.quantize import integers, kquants, legacy
+    from joulesmith.compress.quantize import floats, integers, kquants, legacy
 
-    if (found := integers.by_name(name)) is not None:
+    if (found := integers.by_name(name) or floats.by_name(name)) is not None:
         return found
 
     known: dict[str, Format] = {c.name: c for c in (F32(), F16(), BF16())}
@@ -347,6 +369,7 @@ def grid(name: str) -> Format:
     known |= kquants.GRIDS
     if name not in known:
         raise JoulesmithError(
-            f"unknown tensor type {name!r}: known are {', '.join(known)}, INT4-G128 and the like"
+            f"unknown tensor type {name!r}: known are {', '.join(known)}, INT4-G128, "
+            "FP8-E4M3-G128, NF4-G64 and the like"
         )
     return known[name]
