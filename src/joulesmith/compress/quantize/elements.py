@@ -47,7 +47,8 @@ def minifloat(
             positive.append(value)
     sign = 1 << (exponent + mantissa)
     n = len(positive)
-    reach = (0.52, 1.1, 14) if mantissa + exponent > 5 else (0.45, 1.7, 28)
+    # FP8's error is ragged in the step and alike in every octave; few bits may want clipping
+    reach = (0.5, 1.1, 48) if exponent > 2 else (0.45, 1.7, 28)
     return Element(
         name,
         1 + exponent + mantissa,

@@ -264,15 +264,29 @@ class FloatGrid(Grid):
         elif self.kind == "MX":
             step = scales.search_power(flat, importance, self.nearest_level, self.levels[-1])
         else:
-            step = scales.search_step(
-                flat,
-                importance,
-                self.nearest_level,
-                self.element.landings,
-                self.storable,
-                positive=True,
-            )
+            step = self._best_storable(flat, importance)
         return self.snap(step.view(len(x), -1), None)
+
+    def _best_storable(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The kernel's step; where scales are coarse, each storable one in reach is tried too."""
+        landings = self.element.landings
+        step = scales.search_step(
+            x, weight, self.nearest_level, landings, self.storable, positive=True
+        )
+        if not self._scales.shared:
+            return step
+        peak = x.abs().amax(1)
+        best, best_error = step, self._squares(x, weight, step)
+        for landing in landings:
+            tried = self.storable(peak / landing)
+            error = self._squares(x, weight, tried)
+            best = torch.where(error < best_error, tried, best)
+            best_error = torch.minimum(error, best_error)
+        return best
+
+    def _squares(self, x: Tensor, weight: Tensor, step: Tensor) -> Tensor:
+        s = step[:, None].expand_as(x)
+        return (weight * (x - s * self.nearest_level(scales.safe_ratio(x, s))).square()).sum(1)
 
     def snap(self, step: Tensor, offset: Tensor | None) -> Lattice:
         head = self._shared().expand(len(step), -1)

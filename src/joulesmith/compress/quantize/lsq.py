@@ -99,8 +99,8 @@ def learned(
 ) -> Range:
     """The step (and zero) that `lsq`'s gradients lead to when they reduce squared error.
 
-    Adam on the logarithm of the step, from `first_step` where symmetric and from the mean
-    and three deviations where affine (LSQ+, section 3.2), its rate falling linearly to 0;
+    Adam on the logarithm of the step (and on the offset in units of the range), from
+    `first_step` where symmetric and the whole range where affine, its rate falling linearly to 0;
     each tile keeps the best it has passed. What is learned at the same cost while a
     model trains is the same gradient, of the model's loss instead. weight: as in
     `ranges.mse`. Raises as `ranges` does.
@@ -118,11 +118,9 @@ def _learn(
     v: Tensor, cost: Tensor, levels: Levels, iterations: int, rate: float
 ) -> tuple[Tensor, ...]:
     total = cost.sum(1).clamp(min=1e-30)
-    mean = (cost * v).sum(1) / total
-    deviation = ((cost * (v - mean[:, None]).square()).sum(1) / total).sqrt()
     if levels.affine:
-        low = (mean - 3 * deviation).clamp(max=0)
-        start = ((mean + 3 * deviation).clamp(min=0) - low) / (levels.high - levels.low)
+        low, high = v.amin(1).clamp(max=0), v.amax(1).clamp(min=0)
+        start = (high - low) / (levels.high - levels.low)
         begin = low - levels.low * start
     else:
         start = 2 * (cost * v.abs()).sum(1) / total / math.sqrt(levels.high)
@@ -132,20 +130,21 @@ def _learn(
     unit = torch.where(alive, start, 1.0)
     u = v / unit[:, None]
     log_step = torch.zeros_like(unit, requires_grad=True)
-    offset = (begin / unit).requires_grad_(levels.affine)
-    moved = [log_step, offset] if levels.affine else [log_step]
+    span = levels.high - levels.low
+    share = (begin / unit / span).requires_grad_(levels.affine)
+    moved = [log_step, share] if levels.affine else [log_step]
     best = _Best(u, cost, levels)
     adam = torch.optim.Adam(moved, lr=rate, betas=(0.8, 0.99))
     for k in range(iterations):
-        best.see(log_step.detach().exp(), offset.detach())
+        best.see(log_step.detach().exp(), share.detach() * span)
         adam.param_groups[0]["lr"] = rate * (1 - k / iterations)
         adam.zero_grad()
         step = log_step.exp()
-        out = lsq(u, step, levels, CHANNEL, offset=offset, gradient_scale=1.0)
+        out = lsq(u, step, levels, CHANNEL, offset=share * span, gradient_scale=1.0)
         loss: Any = (cost * (out - u).square()).sum()
         loss.backward()
         adam.step()
-    best.see(log_step.detach().exp(), offset.detach())
+    best.see(log_step.detach().exp(), share.detach() * span)
     return torch.where(alive, best.step * unit, 0.0), best.zero
 
 

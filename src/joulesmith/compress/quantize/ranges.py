@@ -84,8 +84,12 @@ def _quantile(values: Tensor, weight: Tensor | None, share: float) -> Tensor:
 
 # -- least squares ------------------------------------------------------------
 
-RATIOS = tuple((0.05 * (1.1 / 0.05) ** (k / 79)) for k in range(80))
-"""Steps tried, as shares of `absmax`'s: 4 % apart, since errors are flat around the best."""
+RATIOS = (
+    *((0.05 * (1.1 / 0.05) ** (k / 79)) for k in range(80)),
+    *(0.86 + 0.01 * k for k in range(16)),
+)
+"""Steps tried, as shares of `absmax`'s: 4 % apart, since errors are flat around the best,
+and 1 % near the whole range, where fine levels have theirs and errors are ragged."""
 
 
 def mse_grid(
@@ -140,18 +144,23 @@ def mse(
     keep = snap or (lambda s: s)
     values, cost = tiles_of(x, granularity, weight)
     if not levels.affine:
-        landings = tuple(levels.high / r for r in RATIOS[::2])
+        landings = tuple(levels.high / r for r in RATIOS)
 
-        def search(v: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        def search(v: Tensor, c: Tensor, whole: Tensor) -> tuple[Tensor, ...]:
             found = scales.search_step(v, c, levels.nearest, landings, keep, positive=True)
-            return (found,)
+            (start,) = _best_ratio(v, c, whole, levels, RATIOS)
+            other = scales.polish_step(v, c, levels.nearest, keep(start[:, None]), keep)[:, 0]
+            zero = torch.zeros_like(found)
+            one, two = (summed_error(v, c, s, zero, levels) for s in (found, other))
+            return (torch.where(one <= two, found, other),)
 
-        (step,) = by_chunks(search, values, cost)
+        start = absmax(x, levels, granularity).step
+        (step,) = by_chunks(search, values, cost, start)
         return settled(step, torch.zeros_like(step), levels, granularity)
 
     def search_both(v: Tensor, c: Tensor) -> tuple[Tensor, ...]:
         low, high = v.amin(1).clamp(max=0), v.amax(1).clamp(min=0)
-        clipped = _best_ends(v, c, low, high, levels, granularity, RATIOS[::2])
+        clipped = _best_ends(v, c, low, high, levels, granularity, RATIOS)
         free = scales.search_affine(v, c, levels.high, keep, lambda o: o)
         starts = [(clipped[0], -clipped[0] * clipped[1]), free]
         found = [scales.search_zero(v, c, s, o, levels.high, keep) for s, o in starts]

@@ -71,10 +71,11 @@ def search_step(
         better = gain > best_gain
         best_gain = torch.where(better, gain, best_gain)
         best = torch.where(better, step, best)
-    return _polish_step(x, weight, round_, snap(best), snap).squeeze(1)
+    return polish_step(x, weight, round_, snap(best), snap).squeeze(1)
 
 
-def _polish_step(x: Tensor, weight: Tensor, round_: Round, step: Tensor, snap: Snap) -> Tensor:
+def polish_step(x: Tensor, weight: Tensor, round_: Round, step: Tensor, snap: Snap) -> Tensor:
+    """Lloyd's alternation from ``step`` (n, 1), which it never makes worse; (n, 1)."""
     level = round_(safe_ratio(x, step))
     error = (weight * (x - step * level).square()).sum(1, keepdim=True)
     for _ in range(POLISH):
