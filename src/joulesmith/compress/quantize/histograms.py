@@ -94,7 +94,8 @@ class Histogram:
     def points(self) -> tuple[Tensor, Tensor]:
         """-> values (channels, bins) float32 ascending in each row, and their counts.
 
-        An empty bin has count 0 and its middle as value. Raises `JoulesmithError` where a
+        An empty bin has count 0 and for value its middle, or the nearest end of what was seen.
+        Raises `JoulesmithError` where a
         channel has seen nothing.
         """
         if bool((self.total == 0).any()):
@@ -102,4 +103,5 @@ class Histogram:
         unit = torch.where(self.reach > 0, self.reach, 1.0)[:, None]
         middle = ((torch.arange(self.bins) + 0.5) * (2 / self.bins) - 1) * unit
         mean = torch.where(self.counts > 0, self.sums / self.counts.clamp(min=1), middle)
-        return mean.float(), self.counts.float()
+        low, high = self.low[:, None], self.high[:, None]
+        return torch.minimum(torch.maximum(mean.float(), low), high), self.counts.float()

@@ -68,10 +68,10 @@ def _one_group(
     """x (rows, size), h (size, size) -> step, zero (rows,), levels (rows, size)."""
     whole = Granularity(1, 0)
     first = absmax(x, levels, whole)
+    plain = mse(x, levels, whole)
     zeros = [first.zero]
     if levels.affine:
-        near = mse(x, levels, whole).zero
-        zeros += [(near + move).clamp(levels.low, levels.high) for move in (-1, 0, 1)]
+        zeros += [(plain.zero + move).clamp(levels.low, levels.high) for move in (-1, 0, 1)]
     best = [first.step, first.zero, first.codes(x)]
     best_error = _curved_error(x, h, *best)
 
@@ -84,8 +84,9 @@ def _one_group(
         best[1] = torch.where(better, zero, best[1])
         best[2] = torch.where(better[:, None], level, best[2])
 
+    keep(plain.step, plain.zero, plain.codes(x))
     for zero in zeros:
-        for ratio in RATIOS[::2]:
+        for ratio in RATIOS:
             step = first.step * ratio
             level = levels.nearest(x / step[:, None] + zero[:, None])
             keep(_best_step(x, h, level - zero[:, None], step), zero, level)
