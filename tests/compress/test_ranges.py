@@ -50,6 +50,7 @@ def loss(r: Range, x: torch.Tensor) -> float:
 # -- tiles --------------------------------------------------------------------
 
 
+@settings(max_examples=30)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5))
 def test_tiles_come_back(r: int, c: int, down: int, across: int) -> None:
     x = torch.arange(r * c * down * across, dtype=torch.float32).view(r * down, c * across)
@@ -78,7 +79,7 @@ def test_levels(bits: int, affine: bool) -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(KINDS), shift=st.sampled_from([0, 3]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_absmax_clips_nothing_and_holds_zero(seed: int, kind: tuple[int, bool], shift: int) -> None:
     levels = levels_of(*kind)
     x = sample(seed, (4, 24), shift)
@@ -94,7 +95,7 @@ def test_absmax_clips_nothing_and_holds_zero(seed: int, kind: tuple[int, bool], 
 
 
 @given(seed=st.integers(0, 2**32 - 1), keep=st.sampled_from([0.5, 0.9, 0.99, 0.999, 1.0]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_percentile_is_numpys(seed: int, keep: float) -> None:
     x = sample(seed, (3, 1000))
     r = percentile(x, Levels.integers(8), CHANNEL, keep=keep)
@@ -187,7 +188,7 @@ def test_smooth_case_has_the_known_optimum() -> None:
     sizes=st.lists(st.sampled_from([0.0, 1e-3, 1.0, 7.0, 3e4]), min_size=1, max_size=5),
     channels=st.sampled_from([None, 3]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_histogram_counts_whatever_the_batches(
     seed: int, sizes: list[float], channels: int | None
 ) -> None:
@@ -275,7 +276,7 @@ def test_kl_keeps_a_range_without_outliers() -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1), kind=st.sampled_from(KINDS))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_lsq_has_the_papers_gradients(seed: int, kind: tuple[int, bool]) -> None:
     levels = levels_of(*kind)
     x = sample(seed, (3, 16)).requires_grad_()

@@ -34,7 +34,7 @@ def minifloat(
 ) -> Element:
     """A float of sign, ``exponent`` and ``mantissa`` bits whose largest value is ``top``.
 
-    Bias 2^(exponent - 1) - 1, with subnormals (OCP 8-bit Floating Point v1.0, section 5;
+    Bias 2^(exponent - 1) - 1, with subnormals (OCP 8-bit Floating Point v1.0;
     Microscaling Formats v1.0, section 5.3). Patterns beyond ``top`` (NaN, infinity) and
     negative zero are not levels.
     """

@@ -67,14 +67,14 @@ def lsq(
 
     step, offset: (tiles,), offset real and not a level (LSQ+). Gradients, with
     u = (x - offset) / step: by step ``nearest(u) - u`` inside the levels and the end level
-    outside (LSQ, Esser et al. 2020, equation 3); by x 1 inside, 0 outside (equation 5);
-    by offset 0 inside, 1 outside (LSQ+, Bhalgat et al. 2020, equation 5). Those by step and
+    outside (LSQ, Esser et al. 2020, equation 3); by x 1 inside, 0 outside; by offset
+    0 inside, 1 outside (LSQ+, Bhalgat et al. 2020, section 3.1). Those by step and
     offset are scaled by ``gradient_scale``, by default LSQ's ``1 / sqrt(N high)`` with
     N the values of a tile (section 2.2). Raises `JoulesmithError` where tiles do not fit.
     """
     shape = (x.shape[0], x.shape[1])
     wide = granularity.spread(step, shape)
-    shift = torch.zeros(()) if offset is None else granularity.spread(offset, shape)
+    shift = x.new_zeros(()) if offset is None else granularity.spread(offset, shape)
     if gradient_scale is None:
         gradient_scale = 1 / math.sqrt(x.numel() / step.numel() * levels.high)
     out: Tensor = _Fake.apply(x, wide, shift.expand_as(x), levels, gradient_scale)  # type: ignore[no-untyped-call]

@@ -102,7 +102,7 @@ def mse_grid(
 ) -> Range:
     """The clipping that makes ``sum weight (x - value)^2`` least, of ratios to the whole range.
 
-    The grid search of OMSE (Choukroun et al. 2019, equation 3) and of AWQ's clipping.
+    The search of OMSE (Choukroun et al. 2019) and of AWQ's clipping (Lin et al. 2023).
     Where affine, both ends are first clipped alike, then each on its own. weight: shaped
     as x, >= 0, e.g. the mean square of a weight's input; not for a `Histogram`, which has
     its counts.

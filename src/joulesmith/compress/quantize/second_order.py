@@ -33,8 +33,7 @@ def curved(
     given the step, codes go through ``sweeps`` of coordinate descent (0: to nearest).
     The two alternate for ``rounds`` and never raise the error; the start is the best of
     clipped ranges. The objective is GPTQ's (Frantar et al. 2022, equation 1) for one
-    group, solved for the step as in the scale refinement of QuIP# and AQLM. Where
-    affine, zeros near `mse`'s are tried. Returns the range and its levels (rows, n).
+    group. Where affine, zeros near `mse`'s are tried. Returns the range and its levels (rows, n).
     Raises `JoulesmithError` where shapes do not fit or values are not finite.
     """
     tiles_of(w, group(size))

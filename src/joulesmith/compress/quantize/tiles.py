@@ -143,7 +143,8 @@ class Range:
 
     def _spread(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shape = (x.shape[0], x.shape[1])
-        return self.granularity.spread(self.step, shape), self.granularity.spread(self.zero, shape)
+        step, zero = self.step.to(x.device), self.zero.to(x.device)
+        return self.granularity.spread(step, shape), self.granularity.spread(zero, shape)
 
 
 # -- shared by the ways to choose ---------------------------------------------
