@@ -106,6 +106,22 @@ def test_rounding_is_to_nearest(name: str, seed: int) -> None:
     assert torch.equal(g._levels[g.nearest_code(u).long()], g.nearest_level(u))
 
 
+@given(
+    levels=st.lists(st.floats(-8, 8, width=16), min_size=2, max_size=40, unique=True),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=60)
+def test_the_table_of_borders_is_a_binary_search(levels: list[float], seed: int) -> None:
+    g = named("NF4-G32")
+    level = torch.tensor(sorted(levels))
+    edges = (level[1:] + level[:-1]) / 2
+    g.set_borders(edges)
+    inf = torch.full_like(edges, torch.inf)
+    near = [edges, torch.nextafter(edges, inf), torch.nextafter(edges, -inf), inf, -inf]
+    u = torch.cat([awkward(8.0, seed), *near])
+    assert torch.equal(g._above(u), torch.bucketize(u, edges))
+
+
 # -- bytes --------------------------------------------------------------------
 
 

@@ -184,7 +184,7 @@ class FloatGrid(Grid):
         # Halfway between two levels, the one of even pattern is nearest (round to even).
         even = torch.tensor([k % 2 == 0 for k in element.patterns[1:]])
         down = torch.nextafter(self._edges, torch.full_like(self._edges, -torch.inf))
-        self._edges = torch.where(even, down, self._edges)
+        self.set_borders(torch.where(even, down, self._edges))
         self._patterns = np.array(element.patterns, np.uint8)
         self._code_of = np.full(256, -1, np.int16)
         self._code_of[self._patterns] = np.arange(len(element.levels))
@@ -206,6 +206,13 @@ class FloatGrid(Grid):
             return super().nearest_level(u)
         top = self.levels[-1]  # torch's cast is ten times as fast as a search here
         return u.clamp(-top, top).to(self.element.dtype).float()
+
+    def nearest_code(self, u: Tensor) -> Tensor:
+        if self.element.dtype is None:
+            return super().nearest_code(u)
+        top = self.levels[-1]
+        pattern = u.clamp(-top, top).to(self.element.dtype).contiguous().view(torch.uint8)
+        return torch.from_numpy(self._code_of.astype(np.uint8))[pattern.long()]
 
     # -- scales ---------------------------------------------------------------
 

@@ -13,6 +13,7 @@ structures; `unpack` agrees with ``gguf.quants.dequantize`` to the bit.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
@@ -30,6 +31,8 @@ Array = NDArray[np.float32] | Tensor
 
 CHUNK = 1 << 18
 """Weights handled at a time: temporaries of this size stay in the processor's cache."""
+CELLS = 1 << 12
+"""Cells of a table of borders between levels, at most."""
 
 
 @dataclass(frozen=True)
@@ -180,15 +183,17 @@ class Grid(Format):
     def __init__(self) -> None:
         self._levels = torch.tensor(self.levels, dtype=torch.float32)
         self._uniform = bool(((self._levels[1:] - self._levels[:-1]) == 1).all())
-        self._edges = (self._levels[1:] + self._levels[:-1]) / 2
+        edges = (self._levels[1:] + self._levels[:-1]) / 2
         self._whole = all(float(level).is_integer() for level in self.levels)
         if self._whole:
             # the border between two whole levels is a multiple of a half: a table over
             # half-steps finds the nearest one exactly, and without a search
             self._low, self._high = int(2 * self.levels[0]), int(2 * self.levels[-1])
             cells = torch.arange(self._low, self._high + 1) / 2 + 0.25
-            self._table = torch.bucketize(cells, self._edges).byte()
+            self._table = torch.bucketize(cells, edges).byte()
             self._level_table = self._levels[self._table.long()]
+        else:
+            self.set_borders(edges)
 
     # -- rounding -------------------------------------------------------------
 
@@ -197,7 +202,8 @@ class Grid(Format):
         if self._uniform:
             return u.round().clamp_(self.levels[self.first], self.levels[-1])
         if not self._whole:
-            return self._levels[torch.bucketize(u, self._edges)]
+            code = self._above(u)
+            return self._levels.index_select(0, code.reshape(-1)).view(u.shape)
         return self._level_table[self._cell(u)]
 
     def nearest_code(self, u: Tensor) -> Tensor:
@@ -206,11 +212,38 @@ class Grid(Format):
             low = self.levels[0]
             return (u.round().clamp_(self.levels[self.first], self.levels[-1]) - low).byte()
         if not self._whole:
-            return torch.bucketize(u, self._edges).byte()
+            return self._above(u).byte()
         return self._table[self._cell(u)]
 
     def _cell(self, u: Tensor) -> Tensor:
         return (2 * u).floor_().clamp_(self._low, self._high).sub_(self._low).long()
+
+    def set_borders(self, edges: Tensor) -> None:
+        """edges (levels - 1,) float32, ascending: a value at a border takes the level below it.
+
+        Cells whose width is a power of two, each with one border at most, find the level
+        exactly and several times as fast as a binary search, while there are few of them.
+        """
+        self._edges = edges
+        gap = float((edges[1:] - edges[:-1]).min()) if len(edges) > 1 else 1.0
+        self._fine = 2.0 ** math.ceil(-math.log2(gap))
+        cell = (edges * self._fine).floor()
+        self._first, self._last = float(cell[0]), float(cell[-1])
+        self._border = torch.empty(0)
+        if self._last - self._first < CELLS:
+            every = torch.arange(int(self._first), int(self._last) + 1, dtype=torch.float32)
+            self._base = torch.bucketize(every, cell)
+            self._border = torch.full_like(every, torch.inf)
+            self._border[(cell - self._first).long()] = edges
+
+    def _above(self, u: Tensor) -> Tensor:
+        """How many borders lie below each u: its code, int64."""
+        if not len(self._border):
+            return torch.bucketize(u, self._edges)
+        cell = (u * self._fine).floor_().clamp_(self._first, self._last).sub_(self._first).long()
+        flat = cell.reshape(-1)
+        border = self._border.index_select(0, flat).view(u.shape)
+        return self._base.index_select(0, flat).view(u.shape) + (u > border)
 
     def codes(self, w: Tensor, lattice: Lattice) -> Tensor:
         """w (rows, columns) -> nearest codes on the lattice, uint8 of the same shape."""
