@@ -409,6 +409,8 @@ def test_bad_values_are_refused(way: Callable[..., Range]) -> None:
         x[1, 3] = bad
         with pytest.raises(JoulesmithError, match="NaN or infinity"):
             way(x, levels, group(8))
+    with pytest.raises(JoulesmithError, match="too large"):
+        way(torch.full((2, 16), -1e16), levels, group(8))
     for empty in (torch.ones(0, 8), torch.ones(2, 0), torch.ones(8)):
         with pytest.raises(JoulesmithError, match="matrix"):
             way(empty, levels, CHANNEL)

@@ -43,8 +43,8 @@ from joulesmith.compress.quantize.grids import (
 from joulesmith.compress.quantize.integers import pack_codes, unpack_codes
 from joulesmith.errors import JoulesmithError
 
-LARGEST = 1e18
-"""The scales reach further, but squares must fit float32 in the search."""
+LARGEST = 1e15
+"""The scales reach further, but sums of squares must fit float32 in the search."""
 
 
 # -- how scales are stored ----------------------------------------------------

@@ -27,6 +27,8 @@ Sample = Tensor | Histogram
 
 CHUNK = 1 << 20
 """Values handled at a time."""
+LARGEST = 1e15
+"""Sums of squares of larger values do not fit float32."""
 
 
 @dataclass(frozen=True)
@@ -199,12 +201,12 @@ def _tiles(
                 "a histogram has its own weights, and ranges of what it saw: all values (TENSOR), "
                 "or each channel where it was made with channels (COLUMN)"
             )
-        return x.points()
+        points = x.points()
+        _check_ends(x.low.amin(), x.high.amax())
+        return points
     t = torch.as_tensor(x).detach().to(device="cpu", dtype=torch.float32)
     values = granularity.cut(t)
-    low, high = torch.aminmax(t)
-    if not bool(torch.isfinite(low) and torch.isfinite(high)):
-        raise JoulesmithError("values hold NaN or infinity: they have no range")
+    _check_ends(*torch.aminmax(t))
     if weight is None:
         return values, None
     cost = torch.as_tensor(weight).detach().to(device="cpu", dtype=torch.float32)
@@ -219,6 +221,16 @@ def _tiles(
     # a tile without weight is treated as if all its weights were one
     cost = torch.where(cost.amax(1, keepdim=True) > 0, cost, torch.ones_like(cost))
     return values, cost / cost.amax(1, keepdim=True)  # tiny weights have no room in float32
+
+
+def _check_ends(low: Tensor, high: Tensor) -> None:
+    if not bool(torch.isfinite(low) and torch.isfinite(high)):
+        raise JoulesmithError("values hold NaN or infinity: they have no range")
+    if max(-float(low), float(high)) > LARGEST:
+        raise JoulesmithError(
+            f"a value of magnitude {max(-float(low), float(high)):.4g} is too large to quantize: "
+            "check the model it comes from"
+        )
 
 
 def by_chunks(f: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
