@@ -167,6 +167,19 @@ def test_stored_patterns_are_the_types_own() -> None:
     assert np.array_equal((scale * values).numpy(), g.unpack(packed.numpy(), 64))
 
 
+def test_nv_rows_are_laid_out_as_compressed_tensors_reads_them() -> None:
+    """Head, E4M3 scales, then nibbles, low one first: vLLM's order."""
+    theirs = pytest.importorskip("compressed_tensors.compressors.nvfp4.helpers")
+    g = named("FP4-E2M1-NV")
+    w = np.random.default_rng(9).standard_normal((3, 64)).astype(np.float32)
+    packed = torch.from_numpy(g.pack(w))
+    head = packed[:, :4].contiguous().view(torch.float32)
+    scale = packed[:, 4:8].contiguous().view(torch.float8_e4m3fn).float() * head
+    values = theirs.unpack_fp4_from_uint8(packed[:, 8:].contiguous(), 3, 64, torch.float32)
+    mine = values.view(3, 4, 16) * scale[..., None]
+    assert np.array_equal(mine.view(3, 64).numpy(), g.unpack(packed.numpy(), 64))
+
+
 def test_shared_scales_are_shared_and_stored_as_the_type_says() -> None:
     w = np.random.default_rng(2).standard_normal((4, 64)).astype(np.float32)
     w[0] *= 9
