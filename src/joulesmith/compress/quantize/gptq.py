@@ -168,7 +168,9 @@ def gptq(
         )
     if not len(t):
         return grid.pack(t)
-    lattice = grid.fit(t, c.importance if importance is None else importance)
+    importance = c.importance if importance is None else importance
+    grid = grid.bind(t, importance)
+    lattice = grid.fit(t, importance)
     out = np.empty((t.shape[0], grid.row_bytes(t.shape[1])), np.uint8)
     for start in range(0, t.shape[0], ROWS):
         stop = min(start + ROWS, t.shape[0])

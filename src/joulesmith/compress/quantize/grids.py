@@ -13,15 +13,17 @@ structures; `unpack` agrees with ``gguf.quants.dequantize`` to the bit.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from joulesmith.compress.quantize.scales import half
 from joulesmith.errors import JoulesmithError
 
 Bytes = NDArray[np.uint8]
@@ -29,6 +31,8 @@ Array = NDArray[np.float32] | Tensor
 
 CHUNK = 1 << 18
 """Weights handled at a time: temporaries of this size stay in the processor's cache."""
+CELLS = 1 << 12
+"""Cells of a table of borders between levels, at most."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ def join(parts: list[Lattice]) -> Lattice:
         torch.cat(offsets) if offsets else None,
         tuple(torch.cat(s) for s in zip(*(p.stored for p in parts), strict=True)),
     )
+
+
+F = TypeVar("F", bound="Format")
 
 
 class Format(ABC):
@@ -89,6 +96,14 @@ class Format(ABC):
                 f"{self.block}: choose a type with a smaller block"
             )
         return columns // self.block * self.block_bytes
+
+    def bind(self: F, w: Array, importance: Array | None = None) -> F:
+        """This type with what all rows of a tensor share fixed from the whole of w.
+
+        The type itself where rows share nothing. Whoever packs a tensor in pieces of
+        rows binds first; the other methods bind to the rows they are given.
+        """
+        return self
 
     @abstractmethod
     def pack(self, w: Array, importance: Array | None = None) -> Bytes:
@@ -156,25 +171,29 @@ class Grid(Format):
 
     group: ClassVar[int]
     """Weights that share a step."""
-    levels: ClassVar[tuple[int, ...]]
+    levels: ClassVar[tuple[float, ...]]
     """Level of each code, ascending."""
     largest: ClassVar[float]
     """The largest magnitude that the type can hold."""
     first: ClassVar[int] = 0
     """The lowest code that rounding may give (readable codes below it stay readable)."""
     free_scales: ClassVar[bool] = False
-    """Whether each group owns a float16 scale, free of its neighbours'."""
+    """Whether each group owns a scale, free of its neighbours', that `storable` can snap."""
 
     def __init__(self) -> None:
         self._levels = torch.tensor(self.levels, dtype=torch.float32)
         self._uniform = bool(((self._levels[1:] - self._levels[:-1]) == 1).all())
-        # levels are whole numbers, so the border between two is a multiple of a half:
-        # a table over half-steps finds the nearest one exactly, and without a search
         edges = (self._levels[1:] + self._levels[:-1]) / 2
-        self._low, self._high = 2 * self.levels[0], 2 * self.levels[-1]
-        cells = torch.arange(self._low, self._high + 1) / 2 + 0.25
-        self._table = torch.bucketize(cells, edges).byte()
-        self._level_table = self._levels[self._table.long()]
+        self._whole = all(float(level).is_integer() for level in self.levels)
+        if self._whole:
+            # the border between two whole levels is a multiple of a half: a table over
+            # half-steps finds the nearest one exactly, and without a search
+            self._low, self._high = int(2 * self.levels[0]), int(2 * self.levels[-1])
+            cells = torch.arange(self._low, self._high + 1) / 2 + 0.25
+            self._table = torch.bucketize(cells, edges).byte()
+            self._level_table = self._levels[self._table.long()]
+        else:
+            self.set_borders(edges)
 
     # -- rounding -------------------------------------------------------------
 
@@ -182,6 +201,9 @@ class Grid(Format):
         """Multiples of the step, any shape -> the nearest level, float32."""
         if self._uniform:
             return u.round().clamp_(self.levels[self.first], self.levels[-1])
+        if not self._whole:
+            code = self._above(u)
+            return self._levels.index_select(0, code.reshape(-1)).view(u.shape)
         return self._level_table[self._cell(u)]
 
     def nearest_code(self, u: Tensor) -> Tensor:
@@ -189,10 +211,39 @@ class Grid(Format):
         if self._uniform:
             low = self.levels[0]
             return (u.round().clamp_(self.levels[self.first], self.levels[-1]) - low).byte()
+        if not self._whole:
+            return self._above(u).byte()
         return self._table[self._cell(u)]
 
     def _cell(self, u: Tensor) -> Tensor:
         return (2 * u).floor_().clamp_(self._low, self._high).sub_(self._low).long()
+
+    def set_borders(self, edges: Tensor) -> None:
+        """edges (levels - 1,) float32, ascending: a value at a border takes the level below it.
+
+        Cells whose width is a power of two, each with one border at most, find the level
+        exactly and several times as fast as a binary search, while there are few of them.
+        """
+        self._edges = edges
+        gap = float((edges[1:] - edges[:-1]).min()) if len(edges) > 1 else 1.0
+        self._fine = 2.0 ** math.ceil(-math.log2(gap))
+        cell = (edges * self._fine).floor()
+        self._first, self._last = float(cell[0]), float(cell[-1])
+        self._border = torch.empty(0)
+        if self._last - self._first < CELLS:
+            every = torch.arange(int(self._first), int(self._last) + 1, dtype=torch.float32)
+            self._base = torch.bucketize(every, cell)
+            self._border = torch.full_like(every, torch.inf)
+            self._border[(cell - self._first).long()] = edges
+
+    def _above(self, u: Tensor) -> Tensor:
+        """How many borders lie below each u: its code, int64."""
+        if not len(self._border):
+            return torch.bucketize(u, self._edges)
+        cell = (u * self._fine).floor_().clamp_(self._first, self._last).sub_(self._first).long()
+        flat = cell.reshape(-1)
+        border = self._border.index_select(0, flat).view(u.shape)
+        return self._base.index_select(0, flat).view(u.shape) + (u > border)
 
     def codes(self, w: Tensor, lattice: Lattice) -> Tensor:
         """w (rows, columns) -> nearest codes on the lattice, uint8 of the same shape."""
@@ -217,6 +268,10 @@ class Grid(Format):
     def search(self, x: Tensor, weight: Tensor) -> Lattice:
         """Scales of one chunk of rows; arguments as in `fit`, checked and expanded."""
 
+    def storable(self, scale: Tensor) -> Tensor:
+        """The nearest step (or offset) that a group can store, where scales are free."""
+        return half(scale)
+
     @abstractmethod
     def snap(self, step: Tensor, offset: Tensor | None) -> Lattice:
         """The storable lattice nearest to wanted steps and offsets, (rows, groups) each."""
@@ -229,7 +284,7 @@ class Grid(Format):
         """
         t = rows_of(w, self)
         rows, columns = t.shape
-        weight = _importance(importance, t)
+        weight = importance_of(importance, t)
         parts = []
         for start in range(0, rows, max(1, CHUNK // columns)):
             stop = min(rows, start + max(1, CHUNK // columns))
@@ -316,8 +371,8 @@ def check_packed(packed: Bytes, columns: int, grid: Format) -> None:
         )
 
 
-def _importance(importance: Array | None, w: Tensor) -> Tensor:
-    """-> (1 or rows, columns) float32, checked."""
+def importance_of(importance: Array | None, w: Tensor) -> Tensor:
+    """Weights of squared errors as (1 or rows, columns) float32, checked; None: all one."""
     if importance is None:
         return torch.ones(1, w.shape[1])
     t = torch.as_tensor(importance).detach().to(dtype=torch.float32)
@@ -333,13 +388,13 @@ def _importance(importance: Array | None, w: Tensor) -> Tensor:
 
 
 def grid(name: str) -> Format:
-    """The grid called ``name`` (``"Q4_0"``, ``"IQ4_NL"``, ``"BF16"``, ``"INT4-G128"`` ...).
+    """The grid called ``name`` (``"Q4_0"``, ``"BF16"``, ``"INT4-G128"``, ``"NF4-G64"`` ...).
 
     Raises `JoulesmithError` naming the known ones.
     """
-    from joulesmith.compress.quantize import integers, kquants, legacy
+    from joulesmith.compress.quantize import floats, integers, kquants, legacy
 
-    if (found := integers.by_name(name)) is not None:
+    if (found := integers.by_name(name) or floats.by_name(name)) is not None:
         return found
 
     known: dict[str, Format] = {c.name: c for c in (F32(), F16(), BF16())}
@@ -347,6 +402,7 @@ def grid(name: str) -> Format:
     known |= kquants.GRIDS
     if name not in known:
         raise JoulesmithError(
-            f"unknown tensor type {name!r}: known are {', '.join(known)}, INT4-G128 and the like"
+            f"unknown tensor type {name!r}: known are {', '.join(known)}, INT4-G128, "
+            "FP8-E4M3-G128, NF4-G64 and the like"
         )
     return known[name]

@@ -25,8 +25,6 @@ from joulesmith.errors import JoulesmithError
 
 TERNARY = 0
 """``bits`` of the grid -1, 0, 1, which is stored in 2."""
-_ZERO_STEPS = 2
-"""Zeros tried on either side of the one that least squares asks for."""
 
 
 class IntGrid(Grid):
@@ -85,39 +83,8 @@ class IntGrid(Grid):
         step, offset = scales.search_affine(
             flat, importance, self.levels[-1], scales.half, lambda o: o, offset_at_most=None
         )
-        step, zero = self._whole_zero(flat, importance, step, offset)
+        step, zero = scales.search_zero(flat, importance, step, offset, self.levels[-1])
         return self._lattice(step.view(rows, -1), zero.view(rows, -1))
-
-    def _whole_zero(
-        self, x: Tensor, weight: Tensor, step: Tensor, offset: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The best integer zero near ``-offset / step``, each with its own best step."""
-        top = float(self.levels[-1])
-        near = scales.safe_ratio(-offset, step).round()
-        best_step, best_zero = step, near.clamp(0, top)
-        best = torch.full_like(step, torch.inf)
-        for move in range(-_ZERO_STEPS, _ZERO_STEPS + 1):
-            zero = (near + move).clamp(0, top)[:, None]
-            # A group of one sign has its zero beyond the range: the step must grow for it.
-            reach = torch.maximum(
-                scales.safe_ratio(x.amax(1, keepdim=True), top - zero),
-                scales.safe_ratio(-x.amin(1, keepdim=True), zero),
-            )
-            for start in (step[:, None], scales.half(reach)):
-                now = start
-                for _ in range(scales.POLISH):
-                    code = (scales.safe_ratio(x, now) + zero).round().clamp(0, top)
-                    along = code - zero
-                    norm = (weight * along * along).sum(1, keepdim=True)
-                    fit = scales.safe_ratio((weight * along * x).sum(1, keepdim=True), norm)
-                    now = scales.half(fit.clamp(min=0))
-                    code = (scales.safe_ratio(x, now) + zero).round().clamp(0, top)
-                    error = (weight * (x - now * (code - zero)).square()).sum(1)
-                    better = error < best
-                    best = torch.where(better, error, best)
-                    best_step = torch.where(better, now[:, 0], best_step)
-                    best_zero = torch.where(better, zero[:, 0], best_zero)
-        return best_step, best_zero
 
     def snap(self, step: Tensor, offset: Tensor | None) -> Lattice:
         step = scales.half(step)

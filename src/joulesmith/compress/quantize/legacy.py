@@ -190,20 +190,8 @@ class MXFP4(Grid):
 
     def search(self, x: Tensor, weight: Tensor) -> Lattice:
         flat, importance = x.reshape(-1, 32), weight.reshape(-1, 32)
-        peak = flat.abs().amax(1, keepdim=True).clamp(min=1e-30)
-        top = torch.floor(torch.log2(peak / 12)).clamp(-120, 126)
-        best = best_error = None
-        for shift in (2, 1, 0, -1, -2):
-            step = torch.exp2((top + shift).clamp(-126, 126))
-            level = self.nearest_level(flat / step)
-            error = (importance * (flat - step * level).square()).sum(1, keepdim=True)
-            if best is None or best_error is None:
-                best, best_error = step, error
-            else:
-                best = torch.where(error < best_error, step, best)
-                best_error = torch.minimum(error, best_error)
-        assert best is not None
-        return self.snap(best.view(len(x), -1), None)
+        step = scales.search_power(flat, importance, self.nearest_level, self.levels[-1])
+        return self.snap(step.view(len(x), -1), None)
 
     def snap(self, step: Tensor, offset: Tensor | None) -> Lattice:
         # a byte b stands for 2^(b - 128): levels are doubled, the step is halved

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from joulesmith.compress.quantize.grids import Grid, Lattice
-from joulesmith.compress.quantize.scales import half
+from joulesmith.compress.quantize.scales import Snap
 
 
 def descend(
@@ -21,7 +21,7 @@ def descend(
 ) -> tuple[Tensor, Lattice]:
     """w (rows, n), hessian (n, n) positive definite, codes and lattice -> better ones.
 
-    Scales move only in the types whose groups each own a float16 scale
+    Scales move only in the types whose groups each own a scale
     (``grid.free_scales``); elsewhere codes alone do. All in float32.
     """
     if sweeps <= 0:
@@ -40,7 +40,8 @@ def descend(
             block, near, before = level[cut], pull[cut].clone(), q[cut].clone()
             now = q[cut]
             if grid.free_scales:
-                _move_scales(h, block, near, now, step[g], None if offset is None else offset[g])
+                moved = None if offset is None else offset[g]
+                _move_scales(h, block, near, now, step[g], moved, grid.storable)
             inverse = torch.where(step[g] == 0, torch.zeros_like(step[g]), step[g].reciprocal())
             for k in range(size):
                 wanted = torch.addcdiv(now[k], near[k], diagonal[g * size + k])
@@ -70,6 +71,7 @@ def _move_scales(
     q: Tensor,
     step: Tensor,
     offset: Tensor | None,
+    snap: Snap,
 ) -> None:
     """Exact line searches along step, then offset, of one block; in place.
 
@@ -86,7 +88,7 @@ def _move_scales(
         slope = (direction * near).sum(0)
         bend = (direction * curve).sum(0)
         wanted = torch.where(bend > 0, scale + slope / bend, scale)
-        move = half(wanted) - scale
+        move = snap(wanted) - scale
         move = torch.where(move * (2 * slope - move * bend) > 0, move, torch.zeros_like(move))
         scale += move
         near.sub_(curve * move)

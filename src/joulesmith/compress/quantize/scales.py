@@ -24,6 +24,9 @@ Snap = Callable[[Tensor], Tensor]
 """A wanted scale -> the nearest one that the format stores."""
 
 POLISH = 4
+"""Passes of Lloyd's algorithm after the search."""
+_ZERO_STEPS = 2
+"""Integer zeros tried on either side of the one that least squares asks for."""
 
 
 def half(x: Tensor) -> Tensor:
@@ -68,10 +71,11 @@ def search_step(
         better = gain > best_gain
         best_gain = torch.where(better, gain, best_gain)
         best = torch.where(better, step, best)
-    return _polish_step(x, weight, round_, snap(best), snap).squeeze(1)
+    return polish_step(x, weight, round_, snap(best), snap).squeeze(1)
 
 
-def _polish_step(x: Tensor, weight: Tensor, round_: Round, step: Tensor, snap: Snap) -> Tensor:
+def polish_step(x: Tensor, weight: Tensor, round_: Round, step: Tensor, snap: Snap) -> Tensor:
+    """Lloyd's alternation from ``step`` (n, 1), which it never makes worse; (n, 1)."""
     level = round_(safe_ratio(x, step))
     error = (weight * (x - step * level).square()).sum(1, keepdim=True)
     for _ in range(POLISH):
@@ -89,10 +93,30 @@ def _polish_step(x: Tensor, weight: Tensor, round_: Round, step: Tensor, snap: S
     return step
 
 
+def search_power(x: Tensor, weight: Tensor, round_: Round, top: float) -> Tensor:
+    """The power of two that makes ``sum(weight * (x - step * level)^2)`` least.
+
+    x, weight: (n, group), weight >= 0. top: the largest level. Tried are the power under
+    which the largest weight lands in the top binade, and two on either side of it.
+    Returns (n,), from 2^-126 to 2^126.
+    """
+    peak = x.abs().amax(1, keepdim=True).clamp(min=1e-30)
+    first = torch.floor(torch.log2(peak / top)).clamp(-120, 126)
+    best = torch.zeros_like(peak)
+    best_error = torch.full_like(peak, torch.inf)
+    for shift in (2, 1, 0, -1, -2):
+        step = torch.exp2((first + shift).clamp(-126, 126))
+        level = round_(x / step)
+        error = (weight * (x - step * level).square()).sum(1, keepdim=True)
+        best = torch.where(error < best_error, step, best)
+        best_error = torch.minimum(error, best_error)
+    return best.squeeze(1)
+
+
 def search_affine(
     x: Tensor,
     weight: Tensor,
-    top: int,
+    top: float,
     snap_step: Snap = half,
     snap_offset: Snap = half,
     offset_at_most: float | None = None,
@@ -143,7 +167,43 @@ def search_affine(
     return best_step.squeeze(1), best_offset.squeeze(1)
 
 
-def _affine_trials(top: int) -> list[tuple[float, float]]:
+def search_zero(
+    x: Tensor, weight: Tensor, step: Tensor, offset: Tensor, top: float, snap: Snap = half
+) -> tuple[Tensor, Tensor]:
+    """The best integer zero near ``-offset / step``, and the best step for it.
+
+    ``x ~ step * (code - zero)``, code and zero whole numbers in 0..top. x, weight:
+    (n, group), weight >= 0; step, offset: (n,), as from `search_affine`. Returns two
+    (n,), the step snapped and not negative.
+    """
+    near = safe_ratio(-offset, step).round()
+    best_step, best_zero = step, near.clamp(0, top)
+    best = torch.full_like(step, torch.inf)
+    for move in range(-_ZERO_STEPS, _ZERO_STEPS + 1):
+        zero = (near + move).clamp(0, top)[:, None]
+        # A group of one sign has its zero beyond the range: the step must grow for it.
+        reach = torch.maximum(
+            safe_ratio(x.amax(1, keepdim=True), top - zero),
+            safe_ratio(-x.amin(1, keepdim=True), zero),
+        )
+        for start in (step[:, None], snap(reach)):
+            now = start
+            for _ in range(POLISH):
+                code = (safe_ratio(x, now) + zero).round().clamp(0, top)
+                along = code - zero
+                norm = (weight * along * along).sum(1, keepdim=True)
+                fit = safe_ratio((weight * along * x).sum(1, keepdim=True), norm)
+                now = snap(fit.clamp(min=0))
+                code = (safe_ratio(x, now) + zero).round().clamp(0, top)
+                error = (weight * (x - now * (code - zero)).square()).sum(1)
+                better = error < best
+                best = torch.where(better, error, best)
+                best_step = torch.where(better, now[:, 0], best_step)
+                best_zero = torch.where(better, zero[:, 0], best_zero)
+    return best_step, best_zero
+
+
+def _affine_trials(top: float) -> list[tuple[float, float]]:
     clip = [0.0, 0.35, 0.7, 1.1] if top > 3 else [-0.3, 0.0, 0.2, 0.4]
     both = [(-a, top + b) for a in clip for b in clip]
     # codes that leave the ends unused are how a coarser scale looks when re-read

@@ -179,7 +179,7 @@ def _begin(
         if sample is not None and sample.g is not None:
             sample = replace(sample, g=sample.g[:, order])
         moments = replace(moments, fisher=moments.fisher[order], sample=sample)
-    fitting = [grid(t) for t in types if grid(t).fits(weight.shape[1])]
+    fitting = [grid(t).bind(weight) for t in types if grid(t).fits(weight.shape[1])]
     if not fitting:
         raise JoulesmithError(
             f"none of {', '.join(types)} can hold {ref.name}: its rows have "
