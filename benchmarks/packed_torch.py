@@ -3,24 +3,24 @@
     python benchmarks/packed_torch.py [--rounds 5] [--work DIR] [--out FILE]
 
 SmolLM2-135M (dequantized from Q4_1), its block matrices rounded to the nearest value of each
-type, steps from each group's range (speed and memory do not depend on it). Speed and modelled joules come
-from interleaved rounds in one process, ratios from pairs within rounds. Memory comes from a
-fresh process for each row: resident bytes after loading and one request, minus those before
-the load; the peak is that process's high-water mark minus the same. KL is that of the row's
-logits against float32 logits of the same rounded weights: what the arithmetic loses.
+type, steps from each group's range (speed and memory do not depend on it). Speed and modelled
+joules come from interleaved rounds in one process, ratios from pairs within rounds. Memory
+comes from a process for each row, forked before any model was loaded: resident bytes after
+loading and one request, minus those before; the peak is its high-water mark minus the same.
+KL is that of the row's logits against float32 logits of the same rounded weights: what the
+arithmetic loses.
 With torchao installed, its own int4 CPU tensors are one row (they round by themselves).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
 import platform
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from importlib import metadata
@@ -96,10 +96,11 @@ def nearest(kind: str, w: torch.Tensor) -> np.ndarray:
     return g.write(g.codes(w, lattice), lattice)
 
 
-def prepare(work: Path, kinds: Iterable[str]) -> None:
+def prepare(work: Path, kinds: Iterable[str], pipe: Any) -> None:
     """Packed matrices and folders of these types, made once."""
     missing = [kind for kind in kinds if not (work / kind / "done").exists()]
     if not missing:
+        pipe.send(None)
         return
     model = load(MODEL)
     inside = [r.name for r in model.matrices() if r.layer is not None]
@@ -110,6 +111,7 @@ def prepare(work: Path, kinds: Iterable[str]) -> None:
         if kind in FOLDERS and not (work / f"{kind}-folder").exists():
             write_compressed(model, packed_of(work, kind, inside), work / f"{kind}-folder")
         (work / kind / "done").touch()
+    pipe.send(None)
 
 
 def make(variant: Variant, work: Path) -> Any:
@@ -138,13 +140,10 @@ def make(variant: Variant, work: Path) -> Any:
     return model.module
 
 
-def child(name: str, work: Path) -> None:
-    """Memory of one row, in this fresh process; one line of JSON."""
-    import transformers  # noqa: F401 - its own memory is no row's
-
+def memory_of(name: str, work: Path, pipe: Any) -> None:
+    """Memory of one row, in a process forked before any model was loaded."""
     return_large_blocks()
     torch.randn(256, 256) @ torch.randn(256, 256)
-    load_packed  # noqa: B018 - imported above for the same reason
     release_memory()
     before, _ = resident(os.getpid()) or (0, 0)
     module = make(VARIANTS[name], work)
@@ -152,12 +151,28 @@ def child(name: str, work: Path) -> None:
         session.generate(np.arange(64, dtype=np.int32), 4)
         release_memory()
         now, peak = resident(os.getpid()) or (0, 0)
-        found = {
+    pipe.send(
+        {
             "held": now - before,
             "peak": (peak or now) - before,
             "buffers": resident_bytes(module),
         }
-    print(json.dumps(found))
+    )
+
+
+def forked(function: Callable[..., None], *arguments: Any) -> Any:
+    """What a function sends, run in a fork: this process keeps clear of models and threads."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=function, args=(*arguments, there))
+    process.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        raise SystemExit(f"{arguments[0]} failed") from None
+    finally:
+        process.join()
 
 
 def losses(modules: Mapping[str, Any], work: Path) -> dict[str, float]:
@@ -201,11 +216,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="*", help="Rows whose names have one of these parts.")
     parser.add_argument("--note", default="", help="What to say of the machine's load.")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        child(args.child, args.work)
-        return
     with tempfile.TemporaryDirectory() as made:
         work = args.work or Path(made)
         work.mkdir(parents=True, exist_ok=True)
@@ -214,12 +225,12 @@ def main() -> None:
             names = [n for n in names if n == BASE or any(part in n for part in args.only)]
         chosen = [VARIANTS[n] for n in names]
         kinds = [kind for v in chosen for kind in (v.kind, v.embedding) if kind]
-        prepare(work, dict.fromkeys(kinds))
+        import transformers  # noqa: F401 - its own memory is no row's
+
+        forked(prepare, work, list(dict.fromkeys(kinds)))
         memory = {}
         for name in names:
-            command = [sys.executable, __file__, "--child", name, "--work", str(work)]
-            text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            memory[name] = json.loads(text.splitlines()[-1])
+            memory[name] = forked(memory_of, name, work)
             print(name, memory[name], file=sys.stderr)
         modules = {name: make(VARIANTS[name], work) for name in names}
         kl = losses(modules, work)
@@ -279,7 +290,7 @@ def render(
 SmolLM2-135M, dequantized from Q4_1; {args.prefill} tokens of prefill, {args.decode} of decode.
 Speed: {BASE} seconds / row's seconds, median (smallest-largest) of {args.rounds} interleaved
 rounds; above 1 is faster. Joules: {pedigree}, mJ a token, in brackets {BASE} / row. MiB: of
-weights; held after loading and one request in a fresh process; peak of that process. KL, nats:
+weights; held after loading and one request in a fresh fork; peak of that process. KL, nats:
 against float32 logits of the same rounded weights. Embedding and head are not packed except
 where told. "Kernel": torch's four-bit one; "tiles": the slow path of docs/packed.md.
 

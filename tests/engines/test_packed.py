@@ -44,7 +44,7 @@ def exact(kind: str, packed: np.ndarray, columns: int) -> torch.Tensor:
     return torch.from_numpy(grid(kind).unpack(packed, columns))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.sampled_from([*INT_KINDS, *(f"{k}-ZP" for k in INT_KINDS), "TERNARY"]),
     st.integers(1, 9),
@@ -107,7 +107,7 @@ def test_products_by_tiles(kind: str, dtype: Any, count: int, monkeypatch: Any) 
 
 
 @needs_kernel
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     st.sampled_from(["INT4-G32", "INT4-G64", "INT4-G32-ZP", "INT8-G128", "INT8-G96-ZP", "INT3-G32",
                      "INT2-G64", "TERNARY-G32", "INT5-G64-ZP", "INT6-G32"]),
@@ -274,37 +274,40 @@ def test_a_tied_head_may_have_a_matrix_of_its_own() -> None:
 
 _MEASURE = """
 import os
+import numpy as np
 import torch
 from joulesmith.compress.quantize.grids import grid
 from joulesmith.energy.memory import resident
 from joulesmith.engines.packed_store import from_bytes
-import numpy as np
+
+def mark():
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")
+    return resident(os.getpid())[0]
+
 g = grid("INT4-G64")
 packed = np.random.default_rng(0).integers(0, 256, (8192, g.row_bytes(4096)), np.uint8)
 packed.reshape(8192, -1, g.block_bytes)[:, :, 1] &= 0x3F  # scales that are finite
-x = torch.randn({rows}, 4096, dtype=torch.{dtype})
-small = from_bytes(g, packed[:64], 4096, x.dtype)
-small.product(x)
-with open("/proc/self/clear_refs", "w") as f:
-    f.write("5")
-before, _ = resident(os.getpid())
-store = from_bytes(g, packed, 4096, x.dtype)
-held, _ = resident(os.getpid())
-store.product(x)
-_, peak = resident(os.getpid())
-print(held - before, peak - before)
+for dtype, rows in ((torch.float32, 1), (torch.bfloat16, 100)):
+    x = torch.randn(rows, 4096, dtype=dtype)
+    from_bytes(g, packed[:64], 4096, dtype).product(x)
+    before = mark()
+    store = from_bytes(g, packed, 4096, dtype)
+    held = resident(os.getpid())[0]
+    store.product(x)
+    print(held - before, resident(os.getpid())[1] - before)
+    del store
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(("dtype", "rows"), [("float32", 1), ("bfloat16", 100)])
-def test_memory_stays_near_the_packed_bytes(dtype: str, rows: int) -> None:
+def test_memory_stays_near_the_packed_bytes() -> None:
     """8192 x 4096 in four bits: 17 MiB packed, 128 MiB (64 in bfloat16) as floats."""
-    code = _MEASURE.replace("{dtype}", dtype).replace("{rows}", str(rows))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", _MEASURE], capture_output=True, text=True)
     if "clear_refs" in done.stderr:
         pytest.skip("the high-water mark cannot be reset here")
     assert done.returncode == 0, done.stderr[-400:]
-    held, peak = (int(v) / 2**20 for v in done.stdout.split())
-    assert 16 < held < 30
-    assert peak < 50
+    for line in done.stdout.splitlines():
+        held, peak = (int(v) / 2**20 for v in line.split())
+        assert 12 < held < 30
+        assert peak < 50
