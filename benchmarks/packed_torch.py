@@ -9,7 +9,7 @@ comes from a process for each row, forked before any model was loaded: resident 
 loading and one request, minus those before; the peak is its high-water mark minus the same.
 KL is that of the row's logits against float32 logits of the same rounded weights: what the
 arithmetic loses.
-With torchao installed, its own int4 CPU tensors are one row (they round by themselves).
+With torchao installed, its own int4 CPU tensors (of 0.18) are one row (they round by themselves).
 """
 
 from __future__ import annotations
@@ -132,11 +132,11 @@ def make(variant: Variant, work: Path) -> Any:
             packed |= packed_of(work, variant.embedding, [EMBEDDING])
         pack_model(model, packed, prefer=variant.prefer)
     if variant.how == "torchao":
-        from torchao.prototype.int4_opaque_tensor import Int4WeightOnlyOpaqueTensorConfig
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
         from torchao.quantization import quantize_
 
         blocks = model.module.model.layers
-        quantize_(blocks, Int4WeightOnlyOpaqueTensorConfig(group_size=64))
+        quantize_(blocks, PrototypeInt4WeightOnlyConfig(group_size=64))
     return model.module
 
 
