@@ -216,11 +216,7 @@ def fill(
 
     for ref in refs.values():
         given = read(ref)
-        # The sum is finite unless an element is not (or the sum itself overflows):
-        # one pass without a mask the size of the tensor, and a full look only then.
-        if not bool(torch.isfinite(given.sum(dtype=torch.float64))) and not bool(
-            torch.isfinite(given).all()
-        ):
+        if not _finite(given):
             raise JoulesmithError(
                 f"tensor {ref.name} ({ref.parameter}) holds NaN or infinity: {where}: {_AGAIN}"
             )
@@ -228,6 +224,18 @@ def fill(
         owner = module.get_submodule(owner_name)
         value = given.to(dtype=dtype, copy=given.dtype == dtype and not _owned(given))
         setattr(owner, leaf, torch.nn.Parameter(value))
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite, without a mask or a copy of the tensor's size."""
+    import torch
+
+    # A sum is finite unless an element is not (or the sum itself overflows): one cheap pass,
+    # and a full look only then. In parts, since a CPU casts all that it sums.
+    return all(
+        bool(torch.isfinite(part.sum(dtype=torch.float64))) or bool(torch.isfinite(part).all())
+        for part in tensor.reshape(-1).split(1 << 20)
+    )
 
 
 def _owned(tensor: torch.Tensor) -> bool:

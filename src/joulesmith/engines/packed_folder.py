@@ -62,7 +62,8 @@ def load_packed(
 
     dtype: of activations and of what is not packed. bfloat16 runs on the CPU's four-bit
     kernel where there is one; float32 gives the logits of the dequantized float32 model.
-    The peak of memory is the packed model and one tensor of those that are not packed.
+    The peak of memory is the packed model and one tensor of those that are not packed; while
+    it loads, the file's own pages are mapped as well, which the system may take back.
     Raises `JoulesmithError` for a folder that is not of this kind, or damaged.
     """
     from joulesmith.architectures import GGUF_NAME, check_config, hyperparameters
