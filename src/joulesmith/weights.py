@@ -234,7 +234,7 @@ def _finite(tensor: torch.Tensor) -> bool:
     # and a full look only then. In parts, since a CPU casts all that it sums.
     return all(
         bool(torch.isfinite(part.sum(dtype=torch.float64))) or bool(torch.isfinite(part).all())
-        for part in tensor.reshape(-1).split(1 << 20)
+        for part in torch.split(tensor.reshape(-1), 1 << 20)
     )
 
 
