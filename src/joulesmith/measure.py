@@ -44,17 +44,26 @@ def measure_model(
 ) -> Measurement:
     """Run ``model`` on ``engine`` and meter it.
 
-    model: a ``.gguf`` as it is; a folder, hub id or "smollm2" as a bfloat16 GGUF made for
-    the purpose. Raises `JoulesmithError` for anything that cannot be run.
+    model: a ``.gguf`` as it is; a compressed-tensors folder as it is, in torch with packed
+    weights whatever ``engine`` says (llama.cpp does not read it); another folder, a hub id or
+    "smollm2" as a bfloat16 GGUF made for the purpose. Raises `JoulesmithError` for anything
+    that cannot be run.
     """
     if min(workload) < 1 or repeat < 1:
         raise JoulesmithError("workload and repeat must be at least 1")
     source = resolve(model)
-    runner = get_engine(engine, library=engine_lib)
+    packed = source.kind == "folder" and _is_packed(source.path)
+    if engine == "torch" and not packed:
+        raise JoulesmithError(
+            f"the torch engine runs packed folders, and {model} is none: use --engine llama.cpp"
+        )
+    runner = get_engine("torch" if packed else engine, library=engine_lib)
     with tempfile.TemporaryDirectory(prefix="joulesmith-") as folder:
         note = ""
         path = source.path
-        if source.kind != "gguf" or model == "smollm2":
+        if packed:
+            note = "packed weights, run in torch: llama.cpp does not read this folder"
+        elif source.kind != "gguf" or model == "smollm2":
             from joulesmith.export.gguf import write_float_gguf
             from joulesmith.models import load
 
@@ -71,7 +80,8 @@ def measure_model(
                 repeat,
                 progress=progress,
             )
-        size = path.stat().st_size
+        files = path.glob("*.safetensors") if packed else [path]
+        size = sum(file.stat().st_size for file in files)
     return Measurement(
         model=source.name,
         engine=runner.version,
@@ -83,6 +93,13 @@ def measure_model(
         peak_rss=found[-1][source.name]["peak_rss"],
         note=note,
     )
+
+
+def _is_packed(folder: Path) -> bool:
+    from joulesmith.vocab_folder import read_json
+
+    config = read_json(folder / "config.json").get("quantization_config")
+    return isinstance(config, dict) and config.get("quant_method") == "compressed-tensors"
 
 
 def _spread(found: list[dict[str, Any]], name: str, phase: Phase) -> tuple[float, float]:

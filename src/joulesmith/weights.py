@@ -148,6 +148,19 @@ def build(
     Raises `JoulesmithError` naming the tensor for one that is absent, unexpected, of
     the wrong shape, or holds NaN or infinity.
     """
+    module, refs = skeleton(config, where)
+    for ref in refs.values():
+        check_shape(ref, shelf.shape(ref), where)
+    refuse_unexpected(shelf.unused(refs), where)
+    fill(module, refs, shelf.read, dtype, where)
+    return finish(module, dtype), refs
+
+
+def skeleton(config: Any, where: object) -> tuple[Any, dict[str, TensorRef]]:
+    """A causal LM without storage, and the names of the tensors it needs.
+
+    Raises `JoulesmithError` when transformers refuses the config.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -161,42 +174,49 @@ def build(
     shapes = {n: tuple(p.shape) for n, p in module.named_parameters()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
-    refs = tensor_refs(shapes, config)
-    for ref in refs.values():
-        found = shelf.shape(ref)
-        if found != ref.shape:
-            what = "is missing" if found is None else f"has shape {found}, not {ref.shape}"
-            raise JoulesmithError(f"tensor {ref.name} ({ref.parameter}) {what}: {where}: {_AGAIN}")
-    if extra := shelf.unused(refs):
+    return module, tensor_refs(shapes, config)
+
+
+def check_shape(ref: TensorRef, found: tuple[int, ...] | None, where: object) -> None:
+    """Raise `JoulesmithError` unless ``found``, the file's shape, is what the model needs."""
+    if found != ref.shape:
+        what = "is missing" if found is None else f"has shape {found}, not {ref.shape}"
+        raise JoulesmithError(f"tensor {ref.name} ({ref.parameter}) {what}: {where}: {_AGAIN}")
+
+
+def refuse_unexpected(extra: list[str], where: object) -> None:
+    """Raise `JoulesmithError` when a file holds tensors that the model does not have."""
+    if extra:
         raise JoulesmithError(
             f"unexpected tensor {extra[0][:80]!r} (and {len(extra) - 1} more): {where}: "
             "the model is of another kind than its header says"
         )
-    _fill(module, refs, shelf.read, dtype, where)
+
+
+def finish(module: Any, dtype: torch.dtype) -> Any:
+    """A filled skeleton made ready: head tied, buffers made, eval mode."""
+    config = module.config
     if config.tie_word_embeddings:
         module.lm_head.weight = module.model.embed_tokens.weight
     # The one buffer: made on "meta" above, so made again with storage.
     module.model.rotary_emb = type(module.model.rotary_emb)(config=config)
-    set_dtype(module.config, dtype)
-    return module.eval(), refs
+    set_dtype(config, dtype)
+    return module.eval()
 
 
-def _fill(
+def fill(
     module: Any,
     refs: Mapping[str, TensorRef],
     read: Callable[[TensorRef], torch.Tensor],
     dtype: torch.dtype,
     where: object,
 ) -> None:
+    """Read these tensors into a skeleton. Raises `JoulesmithError` for NaN or infinity."""
     import torch
 
     for ref in refs.values():
         given = read(ref)
-        # The sum is finite unless an element is not (or the sum itself overflows):
-        # one pass without a mask the size of the tensor, and a full look only then.
-        if not bool(torch.isfinite(given.sum(dtype=torch.float64))) and not bool(
-            torch.isfinite(given).all()
-        ):
+        if not _finite(given):
             raise JoulesmithError(
                 f"tensor {ref.name} ({ref.parameter}) holds NaN or infinity: {where}: {_AGAIN}"
             )
@@ -204,6 +224,18 @@ def _fill(
         owner = module.get_submodule(owner_name)
         value = given.to(dtype=dtype, copy=given.dtype == dtype and not _owned(given))
         setattr(owner, leaf, torch.nn.Parameter(value))
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite, without a mask or a copy of the tensor's size."""
+    import torch
+
+    # A sum is finite unless an element is not (or the sum itself overflows): one cheap pass,
+    # and a full look only then. In parts, since a CPU casts all that it sums.
+    return all(
+        bool(torch.isfinite(part.sum(dtype=torch.float64))) or bool(torch.isfinite(part).all())
+        for part in torch.split(tensor.reshape(-1), 1 << 20)
+    )
 
 
 def _owned(tensor: torch.Tensor) -> bool:

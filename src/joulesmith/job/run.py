@@ -17,7 +17,7 @@ from joulesmith.compress.quantize.step import Quantize
 from joulesmith.compress.recipe import Recipe
 from joulesmith.engines import get_engine
 from joulesmith.engines.compare import rounds
-from joulesmith.errors import FloorNotMetError
+from joulesmith.errors import FloorNotMetError, JoulesmithError
 from joulesmith.export.mixtures import MARKS
 from joulesmith.job import marks
 from joulesmith.job.assemble import PLAN, TORCH, Found, assemble
@@ -117,6 +117,8 @@ class _Job:
         self.progress = progress
         for name, cost in EXPECTED.items():
             progress.expected.setdefault(name, cost)
+        if settings.engine == "torch":
+            raise JoulesmithError("plans are GGUF files, which the torch engine does not run")
         self.engine: Engine = get_engine(settings.engine, library=settings.engine_lib)
         # A shorter budget buys less text and fewer trials, never a lower floor.
         usual = sum(EXPECTED.values())
