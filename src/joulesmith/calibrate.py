@@ -233,11 +233,11 @@ def _calibrate(
         calls: dict[int, dict[str, Any]] = {}
         with torch.no_grad():
             for b, start in enumerate(starts):
-                hidden, kwargs = _enter(inner, layers[0], tokens[start : start + batch])
+                hidden, kwargs = enter(inner, layers[0], tokens[start : start + batch])
                 calls.setdefault(hidden.shape[0], kwargs)
                 for i, layer in enumerate(layers):
                     store.put(i, b, hidden)
-                    hidden = _first(layer(hidden, **calls[hidden.shape[0]]))
+                    hidden = first(layer(hidden, **calls[hidden.shape[0]]))
                     tick()
                 if not torch.isfinite(hidden).all():
                     raise JoulesmithError(
@@ -277,7 +277,7 @@ def _calibrate(
                         name: stack.enter_context(_Tap(layers[i].get_submodule(name)))
                         for name in sums
                     }
-                    out = _first(layers[i](hidden, **calls[hidden.shape[0]]))
+                    out = first(layers[i](hidden, **calls[hidden.shape[0]]))
                     torch.autograd.backward(out, gradient)
                 for name, tap in taps.items():
                     if tap.x is not None and tap.g is not None:
@@ -389,7 +389,7 @@ class _EnterError(Exception):
     """Ends the model's forward pass at its first block."""
 
 
-def _enter(
+def enter(
     inner: torch.nn.Module, first: torch.nn.Module, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """The hidden states and keyword arguments with which the model calls its first block."""
@@ -410,7 +410,7 @@ def _enter(
     return caught["hidden"], caught["kwargs"]
 
 
-def _first(out: Any) -> torch.Tensor:
+def first(out: Any) -> torch.Tensor:
     """A block's hidden states: some versions return a tuple."""
     hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return hidden

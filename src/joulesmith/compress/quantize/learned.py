@@ -1,0 +1,256 @@
+"""Learned rounding: where each weight goes, up or down, by the gradient of a block's output.
+
+Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent" (AutoRound),
+equations 3 to 5: each weight gets an offset within half a step of rounding, each group a
+factor of its scale, and both take steps of one size along the sign of the gradient, which
+passes through rounding as if it were not there. The best parameters seen are kept. Other
+than the paper, the start is what another rounding chose (error feedback, say) instead of
+nearest, any grid will do, and a token counts by the inverse of its squared output, since
+what follows a block is a norm: otherwise the few massive tokens decide alone.
+
+Blocks go first to last. Each reads what the quantized blocks before it give, and is to
+give what the float model gives, so that it makes up for their errors as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from joulesmith.calibrate import enter, first
+from joulesmith.compress.quantize.grids import Bytes, Grid, Lattice, grid
+from joulesmith.compress.quantize.integers import IntGrid
+from joulesmith.errors import JoulesmithError
+from joulesmith.progress import Tick, silent
+
+if TYPE_CHECKING:
+    from joulesmith.models import Model
+
+STEPS = 200
+BATCH = 8
+"""Windows a step; steps and batch are the paper's."""
+SCALE_SHARE = 0.1
+"""Factors of scales move by this share of the offsets' step: they start at a searched optimum."""
+_INSIDE = 0.98
+"""Share of half a step within which a weight starts around the level it was given."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """packed: as given, with other codes and scales. errors: block -> mean relative squared
+    error of its output before and after, on the calibration windows."""
+
+    packed: dict[str, tuple[str, Bytes]]
+    errors: dict[int, tuple[float, float]]
+
+
+def learn(
+    model: Model,
+    packed: Mapping[str, tuple[str, Bytes]],
+    windows: NDArray[np.int32],
+    *,
+    steps: int = STEPS,
+    batch: int = BATCH,
+    seed: int = 0,
+    progress: Tick = silent,
+) -> Learned:
+    """Better codes and scales for matrices of decoder blocks that are already rounded.
+
+    model: the float model; each matrix becomes what ``packed`` has of it in the end.
+    packed: GGUF name -> (type, packed rows); steps of groups move only where the type stores
+    them freely. windows: (n, length) tokens. The same seed gives the same bytes.
+    Raises `JoulesmithError` without windows, and where outputs are not finite.
+    """
+    if not len(windows):
+        raise JoulesmithError("learned rounding needs calibration text")
+    inner = model.module.model
+    tokens = torch.from_numpy(np.ascontiguousarray(windows)).long()
+    generator = torch.Generator().manual_seed(seed)
+    wanted = [p.requires_grad for p in model.module.parameters()]
+    for p in model.module.parameters():
+        p.requires_grad_(False)
+    out = dict(packed)
+    errors: dict[int, tuple[float, float]] = {}
+    try:
+        # One window at a time leads in, so that no batch shape is special.
+        entered = [enter(inner, inner.layers[0], tokens[i : i + 1]) for i in range(len(tokens))]
+        kwargs = entered[0][1]
+        exact = torch.cat([h for h, _ in entered])
+        given = exact.clone()
+        depth = len(inner.layers)
+        for i, block in enumerate(inner.layers):
+            target = _through(block, exact, kwargs)
+            if not bool(torch.isfinite(target).all()):
+                raise JoulesmithError("the model's activations are not finite on this text")
+            names = [n for n in packed if model.ref(n).layer == i]
+
+            def tick(share: float, before: int = i) -> None:
+                progress((before + share) / depth)
+
+            rounded = {n: packed[n] for n in names}
+            better, errors[i] = _learn_block(
+                model, rounded, i, given, target, kwargs, steps, batch, generator, tick
+            )
+            out.update(better)
+            given, exact = _through(block, given, kwargs), target
+            tick(1.0)
+    finally:
+        for p, w in zip(model.module.parameters(), wanted, strict=True):
+            p.requires_grad_(w)
+    return Learned(out, errors)
+
+
+def _learn_block(
+    model: Model,
+    rounded: Mapping[str, tuple[str, Bytes]],
+    index: int,
+    x: Tensor,
+    target: Tensor,
+    kwargs: dict[str, Any],
+    steps: int,
+    batch: int,
+    generator: torch.Generator,
+    progress: Tick,
+) -> tuple[dict[str, tuple[str, Bytes]], tuple[float, float]]:
+    """Better codes for one block, which has them at the end; errors before and after."""
+    block = model.module.model.layers[index]
+    layers: dict[str, _Layer] = {}
+    linears: dict[str, nn.Linear] = {}
+    prefix = f"model.layers.{index}."
+    for name, (kind, raw) in rounded.items():
+        ref, g = model.ref(name), grid(kind)
+        path = ref.parameter.removeprefix(prefix).removesuffix(".weight")
+        linear = block.get_submodule(path)
+        if not isinstance(g, Grid):
+            linear.weight.copy_(torch.as_tensor(g.unpack(raw, ref.shape[1])))
+            continue
+        order = torch.arange(len(raw)) if ref.rows is None else torch.from_numpy(ref.rows)
+        layers[name], linears[path] = _Layer(linear, g, raw, order), linear
+        block.set_submodule(path, layers[name])
+    weight = target.square().mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
+    batch = min(batch, len(x))
+
+    def error() -> float:
+        with torch.no_grad():
+            off = (_through(block, x, kwargs) - target).square()
+            return float((off * weight).mean())
+
+    before = best = error()
+    every = [p for layer in layers.values() for p in layer.parameters()]
+    kept = [p.detach().clone() for p in every]
+    try:
+        for step in range(steps if layers else 0):
+            chosen = torch.randperm(len(x), generator=generator)[:batch]
+            with torch.enable_grad():
+                off = (_through(block, x[chosen], kwargs) - target[chosen]).square()
+                loss = (off * weight[chosen]).mean()
+                loss.backward()  # type: ignore[no-untyped-call]
+            rate = (1 - step / steps) / steps
+            with torch.no_grad():
+                for layer in layers.values():
+                    layer.move(rate)
+            # All windows at once are the judge, but not after each step: they cost as much.
+            if (step + 1) % max(1, steps // 10) == 0:
+                now = error()
+                if now < best:
+                    best, kept = now, [p.detach().clone() for p in every]
+            progress((step + 1) / steps)
+        with torch.no_grad():
+            for p, value in zip(every, kept, strict=True):
+                p.copy_(value)
+        found = {n: (layer.grid.name, layer.packed()) for n, layer in layers.items()}
+    finally:
+        for path, linear in linears.items():
+            block.set_submodule(path, linear)
+    from joulesmith.models import set_gguf_weight
+
+    for name, (kind, raw) in found.items():
+        back = grid(kind).unpack(raw, model.ref(name).shape[1])
+        set_gguf_weight(model, name, torch.as_tensor(back))
+    return found, (before, best)
+
+
+class _Layer(nn.Module):
+    """A linear layer whose weights are rounded anew at each call, gradients passing through.
+
+    ``place``: where on the axis of levels each weight stands before it is rounded, in GGUF's
+    row order; ``factor``: of each group's step.
+    """
+
+    def __init__(self, linear: nn.Linear, g: Grid, packed: Bytes, order: Tensor) -> None:
+        super().__init__()
+        self.grid, self.bias = g, linear.bias
+        self.back = torch.argsort(order)
+        self.codes, self.lattice = g.read(packed, linear.in_features)
+        ones = Lattice(torch.ones_like(self.lattice.step), None, ())
+        level = self._grouped(g.values(self.codes, ones))
+        w = self._grouped(linear.weight.detach()[order].float())
+        if self.lattice.offset is not None:
+            w = w - self.lattice.offset[:, :, None]
+        step = self.lattice.step[:, :, None]
+        exact = torch.where(step == 0, torch.zeros_like(w), w / step)
+        self.low, self.high = float(g.levels[g.first]), float(g.levels[-1])
+        half = _INSIDE * self._reach(level)
+        self.start = torch.minimum(torch.maximum(exact, level - half), level + half)
+        self.place = nn.Parameter(self.start.clone())
+        self.factor = nn.Parameter(torch.ones_like(step))
+        self.free = g.free_scales or isinstance(g, IntGrid)
+
+    def _grouped(self, w: Tensor) -> Tensor:
+        return w.view(len(w), -1, self.grid.group)
+
+    def _reach(self, level: Tensor) -> Tensor:
+        """Half the distance to the nearest other level."""
+        levels = torch.tensor(self.grid.levels[self.grid.first :], dtype=torch.float32)
+        if len(levels) < 2:
+            return torch.zeros_like(level)
+        gaps = levels[1:] - levels[:-1]
+        inf = torch.tensor([torch.inf])
+        least = torch.minimum(torch.cat([inf, gaps]), torch.cat([gaps, inf]))
+        index = torch.searchsorted(levels, level.contiguous()).clamp(max=len(levels) - 1)
+        return 0.5 * least[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        level = self.place + (self.grid.nearest_level(self.place) - self.place).detach()
+        step = self.lattice.step[:, :, None] * self.factor
+        w = level * step
+        if self.lattice.offset is not None:
+            # A whole zero stays where it is, so the offset follows the step.
+            follow = self.factor if isinstance(self.grid, IntGrid) else 1.0
+            w = w + self.lattice.offset[:, :, None] * follow
+        y: Tensor = x @ w.view(len(w), -1)[self.back].T
+        return y if self.bias is None else y + self.bias
+
+    def move(self, rate: float) -> None:
+        """One step along the sign of the gradients, within half a level of the start."""
+        assert self.place.grad is not None and self.factor.grad is not None
+        self.place.add_(self.place.grad.sign(), alpha=-rate)
+        self.place.clamp_(self.low, self.high)
+        torch.minimum(self.place, self.start + 0.5, out=self.place.data)
+        torch.maximum(self.place, self.start - 0.5, out=self.place.data)
+        if self.free:
+            self.factor.add_(self.factor.grad.sign(), alpha=-rate * SCALE_SHARE)
+        self.place.grad = self.factor.grad = None
+
+    def packed(self) -> Bytes:
+        """The tensor as it stands, with scales as near as the type stores them."""
+        place = self.place.detach()
+        codes = self.grid.nearest_code(place).view(self.codes.shape)
+        if not self.free:
+            return self.grid.write(codes, self.lattice)
+        step = self.lattice.step * self.factor.detach()[:, :, 0]
+        offset = self.lattice.offset
+        if offset is not None and isinstance(self.grid, IntGrid):
+            offset = offset * self.factor.detach()[:, :, 0]
+        return self.grid.write(codes, self.grid.snap(step, offset))
+
+
+def _through(block: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """(n, length, hidden) through one block, a few windows at a time."""
+    return torch.cat([first(block(x[i : i + 1], **kwargs)) for i in range(len(x))])
