@@ -46,6 +46,7 @@ def main() -> None:
     )
     parser.add_argument("--timeout", type=float, default=7200, help="seconds, of one process")
     parser.add_argument("--note", default="", help="kept with each run, e.g. 'under load'")
+    parser.add_argument("--retry", action="store_true", help="do failed runs again")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quantizers.md"))
     args = parser.parse_args()
@@ -61,7 +62,9 @@ def main() -> None:
     )
     args.work.mkdir(parents=True, exist_ok=True)
     if not args.table:
-        runner = Runner(args.work, places, pythons, args.threads, args.timeout, args.note)
+        runner = Runner(
+            args.work, places, pythons, args.threads, args.timeout, args.note, args.retry
+        )
         wanted = [p for p in PLAN if args.peers is None or {p.peer, p.label} & set(args.peers)]
         for name in args.subjects:
             for runs in order(runner, name, wanted, args.settings, args.seeds, args.windows):

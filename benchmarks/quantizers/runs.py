@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -109,9 +110,11 @@ class Runner:
         threads: int,
         timeout: float,
         note: str,
+        retry: bool = False,
     ) -> None:
         self.work, self.places, self.pythons = work, places, pythons
         self.threads, self.timeout, self.note = threads, timeout, note
+        self.retry = retry
         self.lines = work / "runs.jsonl"
         self._subjects: dict[str, Subject] = {}
         self._judges: dict[str, Any] = {}
@@ -128,13 +131,13 @@ class Runner:
         The runs share a process: give one at a time where memory is to be measured.
         """
         keys = [asdict(r) | {"layers": layers, "threads": self.threads} for r in runs]
-        lines = read_lines(self.lines)
+        lines = [x for x in read_lines(self.lines) if "error" not in x or not self.retry]
         keys = [k for k in keys if not any(k.items() <= line.items() for line in lines)]
         if not keys or (keys[0]["peer"] not in ("ours", "nearest", *self.pythons)):
             return
         subject = self.subject(keys[0]["subject"])
         folder = subject.folder if layers is None else self._short(subject, layers)
-        place = self.work / "run"
+        place = self.work / f"run-{os.getpid()}"
         shutil.rmtree(place, ignore_errors=True)
         tasks = []
         for i, key in enumerate(keys):
@@ -165,7 +168,7 @@ class Runner:
         """Run the worker; what to say of tasks that it left undone."""
         python = self.pythons.get(peer, sys.executable)
         command = [python, "-m", "benchmarks.quantizers.worker", str(place / "tasks.json")]
-        path = self.work / f"{peer}.log"
+        path = self.work / f"{peer}-{os.getpid()}.log"
         with path.open("w") as log:
             try:
                 code = subprocess.run(
@@ -179,8 +182,9 @@ class Runner:
     def _judge(self, subject: Subject, weights: Path) -> dict[str, Any]:
         from safetensors.torch import load_file
 
-        from benchmarks.quantizers.peers.common import load_llama
+        from benchmarks.quantizers.peers.common import linears, load_llama
         from joulesmith.engines.torch_engine import TorchSession
+        from joulesmith.errors import JoulesmithError
         from joulesmith.quality import judge, write_reference
 
         if subject.name not in self._judges:
@@ -189,14 +193,18 @@ class Runner:
             reference = write_reference(
                 TorchSession(model), subject.evaluation, path, subject.evaluated_on
             )
-            self._judges = {subject.name: (model, reference)}
-        model, reference = self._judges[subject.name]
+            original = {k: v.clone() for k, v in model.state_dict().items()}
+            self._judges = {subject.name: (model, original, reference)}
+        model, original, reference = self._judges[subject.name]
         state = load_file(weights)
-        missing = set(model.state_dict()) - set(state) - {"lm_head.weight"}
+        missing = set(linears(model)) - {k.removesuffix(".weight") for k in state}
         if missing:
             return {"error": f"weights lack {sorted(missing)[0]}"}
-        model.load_state_dict(state, strict=False)
-        q = judge(TorchSession(model).score(reference.windows, reference.path), reference)
+        model.load_state_dict(original | state)
+        try:
+            q = judge(TorchSession(model).score(reference.windows, reference.path), reference)
+        except (OverflowError, JoulesmithError) as e:
+            return {"error": f"no finite perplexity: {e}"}
         return {
             "kl": q.kl,
             "perplexity": q.perplexity,

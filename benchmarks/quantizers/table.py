@@ -146,12 +146,19 @@ def _recipes(lines: list[Line]) -> list[str]:
 
 def _failures(lines: list[Line]) -> list[str]:
     failed: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    identity = ("subject", "peer", "variant", "setting", "seed", "windows", "layers", "threads")
+    done = {tuple(x[k] for k in identity) for x in lines if "error" not in x}
     for x in lines:
-        if "error" in x:
+        if "error" in x and tuple(x[k] for k in identity) not in done:
             failed[x["subject"], f"{x['peer']}:{x['variant']}", x["error"]].append(x["setting"])
     if not failed:
         return []
-    out = ["## What did not run", "", "| subject | quantizer | settings | why |", "|---|---|---|---|"]
+    out = [
+        "## What did not run",
+        "",
+        "| subject | quantizer | settings | why |",
+        "|---|---|---|---|",
+    ]
     for (subject, label, why), where in failed.items():
         names = ", ".join(sorted(set(where), key=_setting_key))
         out.append(f"| {subject} | {label} | {names} | {why.replace('|', '/')} |")

@@ -15,6 +15,7 @@ def load_llama(folder: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=torch.float32, attn_implementation="eager"
     )
+    model.config.use_cache = False  # calibration replays layers, and a cache would grow
     return model.eval()
 
 

@@ -31,7 +31,9 @@ def quantize(model: Any, windows: Any, setting: Setting, variant: str, seed: int
     kind = "SYM" if setting.symmetric else "ASYM"
     mode = getattr(nncf.CompressWeightsMode, f"INT{setting.bits}_{kind}")
     rows = [{"input_ids": torch.from_numpy(w[None]).long(), "use_cache": False} for w in windows]
-    given: dict[str, Any] = {"mode": mode, "dataset": nncf.Dataset(rows)}
+    # Its 8-bit mode would take the embedding and the head too.
+    ends = nncf.IgnoredScope(patterns=[".*embed_tokens.*", ".*lm_head.*"], validate=False)
+    given: dict[str, Any] = {"mode": mode, "dataset": nncf.Dataset(rows), "ignored_scope": ends}
     if setting.bits == 4:
         given |= {
             "ratio": 1.0,
