@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.quantizers import llama2c, settings, table  # noqa: E402
-from benchmarks.quantizers.peers.nearest import rounded  # noqa: E402
-from benchmarks.quantizers.peers.ours import type_name  # noqa: E402
-from benchmarks.quantizers.runs import read_lines  # noqa: E402
-from joulesmith.compress.quantize.grids import grid  # noqa: E402
+from benchmarks.quantizers import llama2c, settings, table
+from benchmarks.quantizers.peers.nearest import rounded
+from benchmarks.quantizers.peers.ours import type_name
+from benchmarks.quantizers.runs import read_lines
+
+from joulesmith.compress.quantize.grids import grid
 
 DIM, HIDDEN, LAYERS, HEADS, KV, VOCAB, LENGTH = 16, 20, 2, 4, 2, 11, 8
 HEAD = DIM // HEADS

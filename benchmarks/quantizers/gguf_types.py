@@ -1,8 +1,10 @@
 """GGUF at equal bytes: our rounding against llama.cpp's own quantizer with an importance matrix.
 
-    python -m benchmarks.quantizers.gguf_types --work DIR --data TEXTS --stories FOLDER
+    python -m benchmarks.quantizers.gguf_types --work DIR --data TEXTS --stories FOLDER \\
+        --engine-lib LIBLLAMA
 
-llama.cpp's quantizer (``llama_model_quantize`` of the installed wheel) makes a file, with an
+LIBLLAMA is a native build (`joulesmith.engines.native.build_native`): the wheel's library
+leaves its quantizer out. llama.cpp's quantizer (``llama_model_quantize``) makes a file, with an
 importance matrix of mean squared inputs over the same calibration windows; like
 ``llama-imatrix`` it has none for the embedding and the head. Ours rounds every tensor onto
 the very type that it has in that file, so that the bytes are equal, and both files are
@@ -13,15 +15,15 @@ Runs are lines of ``DIR/gguf.jsonl``; finished ones are skipped.
 from __future__ import annotations
 
 import argparse
+import ctypes as C
 import json
 import time
 from collections import Counter, defaultdict
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
-
 from benchmarks.quantizers.runs import read_lines, spread
 from benchmarks.quantizers.subjects import SUBJECTS, Places, calibration, prepare
 
@@ -33,30 +35,63 @@ FILE_TYPES = {
 USUAL = ("Q4_K_M", "Q4_K_S", "IQ4_NL", "IQ4_XS", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S")
 
 
+class _Importance(C.Structure):
+    _fields_: ClassVar = [
+        ("name", C.c_char_p), ("data", C.POINTER(C.c_float)), ("size", C.c_size_t),
+    ]  # fmt: skip
+
+
+class _Parameters(C.Structure):
+    """llama.h, ``llama_model_quantize_params``, release b11549."""
+
+    _fields_: ClassVar = [
+        *((n, C.c_int32) for n in ("nthread", "ftype", "output_type", "embedding_type")),
+        *((n, C.c_bool) for n in ("requantize", "output", "copy", "pure", "split", "dry_run")),
+        ("imatrix", C.POINTER(_Importance)),
+        *((n, C.c_void_p) for n in ("kv", "types", "prune")),
+        ("most_bytes", C.c_size_t),
+    ]
+
+
 def llama_quantize(
-    source: Path, target: Path, kind: str, importance: dict[str, np.ndarray], threads: int
+    library: Path,
+    source: Path,
+    target: Path,
+    kind: str,
+    importance: dict[str, np.ndarray],
+    threads: int,
 ) -> None:
     """What ``llama-quantize --imatrix`` does. Raises `RuntimeError` where it fails."""
-    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
-
-    ffi, lib = get_ffi(), get_lib()
-    rows = ffi.new("struct llama_model_imatrix_data[]", len(importance) + 1)
-    alive: list[Any] = []  # cffi frees what nobody holds
+    c = C.CDLL(str(library))
+    try:
+        c.llama_model_quantize.restype = C.c_uint32
+        c.llama_model_quantize.argtypes = [C.c_char_p, C.c_char_p, C.POINTER(_Parameters)]
+        c.llama_model_quantize_default_params.restype = _Parameters
+    except AttributeError as e:
+        raise SystemExit(f"{library} has no quantizer: build one, see this module's head") from e
+    given = c.llama_model_quantize_default_params()
+    types = given.output_type == given.embedding_type > 30  # GGML_TYPE_COUNT
+    if not (types and given.output and not given.imatrix and not given.prune):
+        raise SystemExit(f"{library} has another ABI")
+    rows = (_Importance * (len(importance) + 1))()
+    alive = []  # ctypes frees what nobody holds
     for row, (name, squares) in zip(rows, importance.items(), strict=False):
-        text = ffi.new("char[]", name.encode())
-        data = ffi.new("float[]", np.asarray(squares, np.float32).tolist())
-        alive += [text, data]
-        row.name, row.data, row.size = text, data, len(squares)
-    given = ffi.new("llama_model_quantize_params *", lib.llama_model_quantize_default_params())
+        data = np.ascontiguousarray(squares, np.float32)
+        alive.append(data)
+        row.name, row.size = name.encode(), data.size
+        row.data = data.ctypes.data_as(C.POINTER(C.c_float))
     given.nthread, given.ftype, given.imatrix = threads, FILE_TYPES[kind], rows
-    if lib.llama_model_quantize(str(source).encode(), str(target).encode(), given) != 0:
+    c.llama_backend_init()
+    if c.llama_model_quantize(str(source).encode(), str(target).encode(), C.byref(given)) != 0:
         raise RuntimeError(f"llama.cpp could not make {kind}")
 
 
 class Judge:
     """One subject: its float file, its reference, and what is made of them."""
 
-    def __init__(self, name: str, places: Places, work: Path, windows: int, threads: int) -> None:
+    def __init__(
+        self, name: str, places: Places, work: Path, windows: int, threads: int, library: Path
+    ) -> None:
         from joulesmith import models
         from joulesmith.engines import get_engine
         from joulesmith.engines.torch_engine import TorchSession
@@ -66,7 +101,8 @@ class Judge:
         self.subject = prepare(name, places, work)
         self.places, self.work, self.windows, self.threads = places, work, windows, threads
         self.model = models.load(self.subject.folder)
-        self.engine = get_engine("llama.cpp")
+        self.library = library
+        self.engine = get_engine("llama.cpp", library=library)
         self.float_file = work / "models" / f"{name}-f32.gguf"
         if not self.float_file.exists():
             write_float_gguf(self.model, self.float_file, "F32")
@@ -106,7 +142,9 @@ class Judge:
 
         path = self.work / "theirs.gguf"
         begun = time.monotonic()
-        llama_quantize(self.float_file, path, kind, self.importance(seed), self.threads)
+        llama_quantize(
+            self.library, self.float_file, path, kind, self.importance(seed), self.threads
+        )
         seconds = time.monotonic() - begun
         try:
             file = read_gguf(path)
@@ -235,6 +273,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--stories", type=Path, required=True)
+    parser.add_argument("--engine-lib", type=Path, required=True)
     parser.add_argument("--subjects", nargs="+", default=["shakespeare"], choices=SUBJECTS)
     parser.add_argument("--files", nargs="+", default=USUAL, choices=FILE_TYPES)
     parser.add_argument("--efforts", nargs="+", default=["default"])
@@ -264,7 +303,9 @@ def main() -> None:
                 ]
                 if not wanted:
                     continue
-                judge = judge or Judge(name, places, args.work, args.windows, args.threads)
+                judge = judge or Judge(
+                    name, places, args.work, args.windows, args.threads, args.engine_lib
+                )
                 try:
                     theirs, types = judge.theirs(kind, seed)
                 except RuntimeError as e:

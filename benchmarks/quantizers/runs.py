@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from benchmarks.quantizers import settings
 from benchmarks.quantizers.subjects import Places, Subject, calibration, prepare
 
@@ -180,9 +179,9 @@ class Runner:
         return f"exit {code}: {(last or ['no output'])[-1][:200]}"
 
     def _judge(self, subject: Subject, weights: Path) -> dict[str, Any]:
+        from benchmarks.quantizers.peers.common import linears, load_llama
         from safetensors.torch import load_file
 
-        from benchmarks.quantizers.peers.common import linears, load_llama
         from joulesmith.engines.torch_engine import TorchSession
         from joulesmith.errors import JoulesmithError
         from joulesmith.quality import judge, write_reference

@@ -119,9 +119,8 @@ def _halves_of(path: Path) -> tuple[Any, Any]:
 
 def _stories(places: Places, folder: Path) -> str:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from benchmarks.quantizers.llama2c import read
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     config, tensors = read(places.stories / "stories260K.bin", pad_to=64)
     module = LlamaForCausalLM(LlamaConfig(**config))
@@ -151,7 +150,7 @@ def _shakespeare(places: Places, folder: Path, seed: int = 0) -> str:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    fitted, held = _halves_of(places.shakespeare)
+    fitted, _ = _halves_of(places.shakespeare)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -46,9 +46,8 @@ def main() -> None:
 def _one(task: dict[str, Any], place: Path) -> dict[str, Any]:
     import numpy as np
     import torch
-    from safetensors.torch import save_file
-
     from benchmarks.quantizers.settings import by_name
+    from safetensors.torch import save_file
 
     torch.set_num_threads(int(task["threads"]))
     windows = np.load(task["tokens"], allow_pickle=False)[: task["windows"]]
@@ -87,7 +86,6 @@ def _one(task: dict[str, Any], place: Path) -> dict[str, Any]:
 def _difference(theirs: Any, state: dict[str, Any], folder: Path, ids: Any) -> float:
     """Largest difference of logits: the peer's own forward against the weights handed over."""
     import torch
-
     from benchmarks.quantizers.peers.common import load_llama
 
     plain = load_llama(folder)

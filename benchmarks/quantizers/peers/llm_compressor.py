@@ -27,8 +27,8 @@ def load(folder: Path, task: dict[str, Any]) -> Any:
 
 def warm_imports() -> None:
     """Imported before the clock starts."""
-    import llmcompressor  # noqa: F401
-    import llmcompressor.modifiers.gptq  # noqa: F401
+    import llmcompressor
+    import llmcompressor.modifiers.gptq
     import llmcompressor.modifiers.quantization  # noqa: F401
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quantizers.peers.common import installed, linears, load_llama, plain_logits
+from benchmarks.quantizers.peers.common import installed, load_llama, plain_logits
 from benchmarks.quantizers.settings import Setting
 
 

@@ -18,7 +18,7 @@ def load(folder: Path, task: dict[str, Any]) -> Any:
 
 def warm_imports() -> None:
     """Imported before the clock starts."""
-    import joulesmith.compress.quantize.walk  # noqa: F401
+    import joulesmith.compress.quantize.walk
     import joulesmith.plan.candidates  # noqa: F401
 
 
