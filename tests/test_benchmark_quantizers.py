@@ -122,7 +122,7 @@ def test_impossible_heads_are_refused(tmp_path: Path) -> None:
 def test_bits_are_those_of_the_grid(bits: int, group: int, symmetric: bool) -> None:
     s = settings.Setting(bits, group, symmetric)
     assert settings.by_name(s.name) == s
-    assert s.stored_bits() == pytest.approx(grid(type_name(s)).bits_per_weight)  # type: ignore[attr-defined]
+    assert s.stored_bits() == pytest.approx(grid(type_name(s)).bits_per_weight)
 
 
 def test_usual_settings_divide_the_rows() -> None:
@@ -179,3 +179,9 @@ def test_the_table_tells_best_spread_and_failures(tmp_path: Path) -> None:
     assert "a:x | 4.25 | **0.11 (0.1–0.12)*** |" in text
     assert "b:x | 4.25 | 0.2 (0.125–0.3) |" in text
     assert "| s | c:x | W4-g64 | Oops: no / good |" in text
+
+
+def test_192_stands_for_128_where_that_does_not_divide() -> None:
+    assert "W3-g128" in settings.usual({256, 768})
+    assert {"W4-g192", "W4-g64", "W3-g192-zp"} <= set(settings.usual({576, 1536}))
+    assert settings.usual({64, 192})[:2] == ["W8-g64", "W8-g64-zp"]

@@ -41,10 +41,16 @@ def by_name(name: str) -> Setting:
 
 
 def usual(columns: set[int]) -> list[str]:
-    """The settings of the comparison whose groups divide all these row lengths."""
-    wanted = [(8, 128), (8, 64), (4, 128), (4, 64), (4, 32), (3, 128), (3, 64), (2, 64), (2, 32)]
-    fitting = [(b, g) for b, g in wanted if all(c % g == 0 for c in columns)]
-    # One group for 8 and for 3 bits is enough: the largest that fits.
-    once = {b: max((g for c, g in fitting if c == b), default=0) for b in (8, 3, 2)}
-    kept = [(b, g) for b, g in fitting if b == 4 or once[b] == g]
+    """The settings of the comparison whose groups divide all these row lengths.
+
+    8, 4, 3 and 2 bits with groups of 128, of 64 and 32 at 4 bits, of 64 at 2; where 128 does
+    not divide (SmolLM2-135M's 576 columns) 192 stands for it, and where that does not, 64.
+    """
+
+    def fits(group: int) -> bool:
+        return all(c % group == 0 for c in columns)
+
+    large = next((g for g in (128, 192) if fits(g)), 64)
+    wanted = [(8, large), (4, large), (4, 64), (4, 32), (3, large), (2, 64)]
+    kept = [(b, g) for b, g in dict.fromkeys(wanted) if fits(g)]
     return [Setting(b, g, s).name for b, g in kept for s in (True, False)]
