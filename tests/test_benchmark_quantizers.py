@@ -159,7 +159,7 @@ def test_nearest_is_off_by_half_a_step_at_most(
 
 def test_the_table_tells_best_spread_and_failures(tmp_path: Path) -> None:
     base = {
-        "subject": "s", "setting": "W4-g64", "windows": 8, "layers": None, "threads": 1,
+        "subject": "s", "setting": "W4-g64", "windows": 8, "layers": None, "threads": 1, "fresh": False,
         "note": "", "origin": "a model", "evaluated_on": "e", "calibrated_on": "c",
         "reference_perplexity": 2.0, "perplexity": 2.1, "top1": 0.9, "seconds": 1.0,
         "cpu_seconds": 1.0, "rss_peak": 2e6, "rss_before": 1e6, "bits_per_weight": 4.25,
@@ -170,7 +170,9 @@ def test_the_table_tells_best_spread_and_failures(tmp_path: Path) -> None:
         for p, kls in (("a", (0.1, 0.12, 0.11)), ("b", (0.2, 0.3, 0.125)))
         for i, kl in enumerate(kls)
     ]
-    failed = {k: base[k] for k in ("subject", "setting", "windows", "layers", "threads", "note")}
+    failed = {
+        k: base[k] for k in ("subject", "setting", "windows", "layers", "threads", "fresh", "note")
+    }
     lines.append(failed | {"peer": "c", "variant": "x", "seed": 0, "error": "Oops: no | good"})
     path = tmp_path / "runs.jsonl"
     path.write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"half')

@@ -8,6 +8,8 @@ its own, in the interpreter given for it, and hands back its dequantized weights
 put into one float32 model and judged by `joulesmith.quality`: perplexity and KL to the float
 model. Every finished run is a line of ``DIR/runs.jsonl``; a second call does what is missing
 and writes ``benchmarks/results/quantizers.md`` anew. ``--table`` only writes the table.
+Time and memory at two sizes: ``--subjects smollm2 --settings W4-g64 --peers ours:default
+llm_compressor:gptq``, once with ``--layers 15`` and once without.
 
 Each peer's virtual environment needs torch and transformers, and
 ``llmcompressor==0.14.0.1``, ``auto-round==0.16.1``, ``nvidia-modelopt==0.47.0``,
@@ -67,9 +69,9 @@ def main() -> None:
         )
         wanted = [p for p in PLAN if args.peers is None or {p.peer, p.label} & set(args.peers)]
         for name in args.subjects:
+            fresh = args.fresh or name == "smollm2"
             for runs in order(runner, name, wanted, args.settings, args.seeds, args.windows):
-                for some in [[r] for r in runs] if args.fresh else [runs]:
-                    runner.do(some, args.layers)
+                runner.do(runs, args.layers, fresh=fresh)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python -m benchmarks.quantizers", *_shown()])
     args.out.write_text(table.render(args.work / "runs.jsonl", command))

@@ -124,12 +124,18 @@ class Runner:
             self._subjects[name] = prepare(name, self.places, self.work)
         return self._subjects[name]
 
-    def do(self, runs: list[Run], layers: int | None = None) -> None:
+    def do(self, runs: list[Run], layers: int | None = None, *, fresh: bool = False) -> None:
         """Run and judge what is not done; a failure is a line too, so that it is told.
 
-        The runs share a process: give one at a time where memory is to be measured.
+        The runs share a process, which spares small models most of the time; fresh: each has
+        a process of its own, so that its time and memory can be told.
         """
-        keys = [asdict(r) | {"layers": layers, "threads": self.threads} for r in runs]
+        if fresh and len(runs) > 1:
+            for run in runs:
+                self.do([run], layers, fresh=True)
+            return
+        how = {"layers": layers, "threads": self.threads, "fresh": fresh}
+        keys = [asdict(r) | how for r in runs]
         lines = [x for x in read_lines(self.lines) if "error" not in x or not self.retry]
         keys = [k for k in keys if not any(k.items() <= line.items() for line in lines)]
         if not keys or (keys[0]["peer"] not in ("ours", "nearest", *self.pythons)):

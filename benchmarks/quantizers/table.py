@@ -27,13 +27,14 @@ def render(path: Path, command: str) -> str:
         "calibration windows and the algorithm's own seed. KL is in nats a token to the float "
         "model; bits are stored bits a weight of the matrices inside the blocks, scales and "
         "zero points counted; embedding, head and norms stay float for all. Bold: the lowest "
-        "median; an asterisk: outside the spread of every other's seeds.",
+        "median; an asterisk: outside the spread of every other's seeds. Seconds and memory are "
+        "told of runs that had a process of their own.",
         "",
     ]
     subjects = list(dict.fromkeys(x["subject"] for x in good))
     for subject in subjects:
         out += _subject(subject, [x for x in good if x["subject"] == subject])
-    out += _costs([x for x in lines if "seconds" in x])
+    out += _costs([x for x in lines if "seconds" in x and x["fresh"]])
     out += _recipes(good)
     out += _failures(lines)
     return "\n".join(out) + "\n"
@@ -65,14 +66,17 @@ def _subject(subject: str, lines: list[Line]) -> list[str]:
             kl = _range(kls[label])
             if label == best:
                 kl = f"**{kl}**" + ("*" if clear else "")
-            seconds = spread([x["seconds"] for x in rows])[0]
-            peak = spread([x["rss_peak"] / 1e6 for x in rows])[0]
-            added = spread([(x["rss_peak"] - x["rss_before"]) / 1e6 for x in rows])[0]
+            cost = "— | —"
+            if alone := [x for x in rows if x["fresh"]]:
+                seconds = spread([x["seconds"] for x in alone])[0]
+                peak = spread([x["rss_peak"] / 1e6 for x in alone])[0]
+                added = spread([(x["rss_peak"] - x["rss_before"]) / 1e6 for x in alone])[0]
+                cost = f"{seconds:.0f} | {peak:.0f} ({added:.0f})"
             out.append(
                 f"| {setting} | {label} | {rows[0]['bits_per_weight']:.4g} | {kl} "
                 f"| {_range(spread([x['perplexity'] for x in rows]))} "
                 f"| {spread([x['top1'] for x in rows])[0]:.4f} | {len(rows)} "
-                f"| {seconds:.0f} | {peak:.0f} ({added:.0f}) |"
+                f"| {cost} |"
             )
     return [*out, ""]
 
@@ -146,7 +150,17 @@ def _recipes(lines: list[Line]) -> list[str]:
 
 def _failures(lines: list[Line]) -> list[str]:
     failed: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-    identity = ("subject", "peer", "variant", "setting", "seed", "windows", "layers", "threads")
+    identity = (
+        "subject",
+        "peer",
+        "variant",
+        "setting",
+        "seed",
+        "windows",
+        "layers",
+        "threads",
+        "fresh",
+    )
     done = {tuple(x[k] for k in identity) for x in lines if "error" not in x}
     for x in lines:
         if "error" in x and tuple(x[k] for k in identity) not in done:

@@ -56,7 +56,11 @@ def quantize(model: Any, windows: Any, setting: Setting, variant: str, seed: int
     groups = {"group_0": scheme}
     if "awq" in algorithm:
         from llmcompressor.modifiers.transform.awq import AWQModifier
+        from llmcompressor.pipelines.cache import IntermediatesCache
 
+        # It pins memory for a copy to the GPU even where there is none, and fails there.
+        if not torch.cuda.is_available():
+            IntermediatesCache.pin_memory = lambda *_, **__: None
         recipe.append(AWQModifier(duo_scaling="both"))
     if "gptq" in algorithm:
         recipe.append(
