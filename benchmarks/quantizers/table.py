@@ -60,11 +60,12 @@ def _subject(subject: str, lines: list[Line]) -> list[str]:
                 groups[f"{x['peer']}:{x['variant']}"].append(x)
         kls = {k: spread([x["kl"] for x in v]) for k, v in groups.items()}
         best = min(kls, key=lambda k: kls[k][0])
-        clear = all(kls[best][2] < v[1] for k, v in kls.items() if k != best)
+        seeded = len(groups[best]) > 2  # one seed has no spread to be outside of
+        clear = seeded and all(kls[best][2] < v[1] for k, v in kls.items() if k != best)
         for label in sorted(groups, key=lambda k: kls[k][0]):
             rows = groups[label]
             kl = _range(kls[label])
-            if label == best:
+            if label == best and len(groups) > 1:
                 kl = f"**{kl}**" + ("*" if clear else "")
             cost = "— | —"
             if alone := [x for x in rows if x["fresh"]]:
