@@ -1,0 +1,1 @@
+"""Weight quantizers side by side; see ``__main__``."""

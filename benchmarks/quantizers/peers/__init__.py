@@ -1,0 +1,1 @@
+"""One module a quantizer: `load`, `quantize` (timed), `weights` (dequantized), `versions`."""
