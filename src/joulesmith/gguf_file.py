@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from joulesmith.errors import JoulesmithError, MissingExtraError
+from joulesmith.formats.files import regular_size
 from joulesmith.units import size
 
 MAGIC = b"GGUF"
@@ -206,6 +207,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
     absent, not GGUF, damaged, of an unsupported version, big-endian or split.
     """
     p = Path(path)
+    regular_size(p)
     try:
         with p.open("rb") as f:
             length = os.fstat(f.fileno()).st_size
