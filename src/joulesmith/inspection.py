@@ -249,7 +249,7 @@ def _filled(
     lines = tuple(_line(q.name, q.shape, q.type, q.nbytes, q.weights) for q in parts)
     weights, stored = sum(q.weights for q in parts), sum(q.nbytes for q in parts)
     embedded = any("embed_tokens" in q.name or "wte" in q.name for q in parts)
-    heads_apart = any(q.name.endswith(("lm_head.weight", "embed_out.weight")) for q in parts)
+    headed = any(q.name.endswith(("lm_head.weight", "embed_out.weight")) for q in parts)
     return Inspection(
         path=str(p),
         file_bytes=length,
@@ -263,12 +263,21 @@ def _filled(
         kv_heads=number("num_key_value_heads") or heads,
         context=number("max_position_embeddings"),
         vocabulary=number("vocab_size"),
-        tied_head=False if heads_apart else True if embedded else None,
+        tied_head=_tied(embedded, headed, config.get("tie_word_embeddings")),
         made_by=None,
         types=_shares((q.type, q.weights, q.nbytes) for q in parts),
         tensors=lines,
         format=kind,
     )
+
+
+def _tied(embedded: bool, headed: bool, told: object) -> bool | None:
+    """Whether one matrix is embedding and head: by what is stored, else by the config."""
+    if embedded and headed:
+        return False
+    if isinstance(told, bool):
+        return told
+    return True if embedded else None
 
 
 def _line(name: str, shape: tuple[int, ...], kind: str, n: int, weights: int) -> TensorLine:

@@ -74,7 +74,7 @@ def member(folder: Path, name: object, told_by: Path) -> Path:
         )
     path = folder / str(name)
     if not os.path.lexists(path):
-        raise JoulesmithError(f"file {quoted(name)} is missing: {folder}: {AGAIN}")
+        raise JoulesmithError(f"file {name} is missing: {folder}: {AGAIN}")
     try:
         home, real = folder.resolve(), path.resolve(strict=True)
     except (OSError, RuntimeError) as e:
@@ -144,13 +144,12 @@ def bounded_json(raw: bytes, path: Path, *, objects: int, items: int) -> dict[st
 
 def read_bounded_json(path: Path, limit: int = 1 << 24, objects: int = 1 << 16) -> dict[str, Any]:
     """A JSON object from a regular file of at most ``limit`` bytes."""
-    if regular_size(path) > limit:
+    length = regular_size(path)
+    if length > limit:
         raise JoulesmithError(f"absurdly large JSON file: {path}: {AGAIN}")
     try:
         with path.open("rb") as f:
-            raw = f.read(limit + 1)
+            raw = f.read(length)  # not more, should it grow meanwhile
     except OSError as e:
         raise JoulesmithError(f"cannot read: {path}: {e.strerror or e}") from e
-    if len(raw) > limit:  # grew meanwhile
-        raise JoulesmithError(f"absurdly large JSON file: {path}: {AGAIN}")
     return bounded_json(raw, path, objects=objects, items=1 << 20)

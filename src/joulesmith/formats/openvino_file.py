@@ -188,19 +188,17 @@ def weights_of(graph: Graph) -> list[Logical]:
     for number, t in graph.constants.items():
         if t.type not in _LOW or number in used or not _feeds_unpacking(graph, number):
             continue
-        beside = _unpacked_with(graph, number)
-        used |= {number, *beside}
+        beside, zeroed = _unpacked_with(graph, number)
         parts = [graph.constants[i] for i in beside]
         if any(p.elements > t.elements for p in parts):
             continue  # this is the zeros; their codes come by
-        scales = [p for p in parts if p.type in _FLOATS]
-        zeros = [p for p in parts if p.type not in _FLOATS]
+        used |= {number, *beside}
         kind = t.type
-        if scales and len(t.shape) == 3:
+        if parts and len(t.shape) == 3:
             kind += f"-G{t.shape[-1]}"
-        elif scales:
-            kind += "-channel" if scales[-1].elements > 1 else "-tensor"
-        kind += "-ZP" if any(z.elements > 1 for z in zeros) else ""
+        elif parts:
+            kind += "-channel" if parts[-1].elements > 1 else "-tensor"
+        kind += "-ZP" if zeroed else ""
         shape = (t.shape[0], t.shape[1] * t.shape[2]) if len(t.shape) == 3 else t.shape
         stored = t.nbytes + sum(p.nbytes for p in parts)
         found.append(Logical(t.name, shape, kind, t.elements, stored))
@@ -221,9 +219,11 @@ def _feeds_unpacking(graph: Graph, number: str) -> bool:
     return any(graph.kinds.get(n) in _UNPACKING for n in graph.after.get(number, ()))
 
 
-def _unpacked_with(graph: Graph, number: str) -> list[str]:
-    """Layer ids of the constants that the chain from ``number`` subtracts and multiplies by."""
-    at, found = number, []
+def _unpacked_with(graph: Graph, number: str) -> tuple[list[str], bool]:
+    """Layer ids of the constants that the chain from ``number`` subtracts and multiplies by,
+    and whether the subtracted ones differ from place to place (zero points)."""
+    at, zeroed = number, False
+    found: list[str] = []
     for _ in range(4):
         nexts = graph.after.get(at, [])
         if len(nexts) != 1 or graph.kinds.get(nexts[0]) not in _UNPACKING:
@@ -238,6 +238,8 @@ def _unpacked_with(graph: Graph, number: str) -> list[str]:
                 other = next(iter(graph.before.get(other, [])), other)
             if other in graph.constants and other != number:
                 found.append(other)
+                subtracted = graph.kinds.get(at) == "Subtract"
+                zeroed |= subtracted and graph.constants[other].elements > 1
         if graph.kinds.get(at) == "Multiply":
             break
-    return found
+    return found, zeroed
