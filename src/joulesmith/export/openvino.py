@@ -1,8 +1,9 @@
 """Writes an OpenVINO IR folder whose packed weights are the codes that were chosen.
 
-OpenVINO's own ONNX frontend (which its `convert_model` calls too, after telemetry) reads
-the graph of `export.onnx`, and turns each MatMulNBits into a u4 or u8 constant with its zeros and scales: the same codes. Floats are
-stored as float16 wherever that loses nothing. Knows no calibration and no search.
+OpenVINO's own ONNX frontend (which its ``convert_model`` calls too, after telemetry) reads
+the graph of `export.onnx` and turns each MatMulNBits into a u4 or u8 constant with its
+zeros and scales: the same codes. Floats are stored as float16 wherever that loses nothing.
+Knows no calibration and no search.
 """
 
 from __future__ import annotations

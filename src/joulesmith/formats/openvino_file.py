@@ -42,6 +42,7 @@ BITS = {
 _FLOATS = {"f64", "f32", "f16", "bf16"}
 _LOW = {"i8", "u8", "i4", "u4", "u2", "u3", "u6", "nf4", "f8e4m3", "f8e5m2", "f4e2m1"}
 _WHOLE = set(BITS) - _FLOATS - _LOW
+_RESHAPING = {"Convert", "Reshape", "Slice", "StridedSlice", "Squeeze", "Unsqueeze", "Transpose"}
 _UNPACKING = ("Convert", "Subtract", "Multiply")
 
 
@@ -231,11 +232,8 @@ def _unpacked_with(graph: Graph, number: str) -> tuple[list[str], bool]:
         before, at = at, nexts[0]
         if len(graph.before.get(at, ())) > 2:
             break
-        for other in graph.before.get(at, ()):
-            if other == before:
-                continue
-            if graph.kinds.get(other) == "Convert":
-                other = next(iter(graph.before.get(other, [])), other)
+        for side in graph.before.get(at, ()):
+            other = number if side == before else _source(graph, side)
             if other in graph.constants and other != number:
                 found.append(other)
                 subtracted = graph.kinds.get(at) == "Subtract"
@@ -243,3 +241,19 @@ def _unpacked_with(graph: Graph, number: str) -> tuple[list[str], bool]:
         if graph.kinds.get(at) == "Multiply":
             break
     return found, zeroed
+
+
+def _source(graph: Graph, number: str) -> str:
+    """The layer whose values ``number`` only casts or reshapes; itself where there is none."""
+    at = number
+    for _ in range(8):
+        before = graph.before.get(at, [])
+        if graph.kinds.get(at) not in _RESHAPING or len(before) > 6:
+            break
+        data = [
+            i for i in before if i not in graph.constants or graph.constants[i].type not in _WHOLE
+        ]
+        if len(data) != 1:
+            break
+        at = data[0]
+    return at

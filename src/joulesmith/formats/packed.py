@@ -213,8 +213,9 @@ def _bad(t: StoredTensor, why: str) -> JoulesmithError:
     return JoulesmithError(f"damaged tensor {quoted(t.name)}: {t.file}: {why}: {AGAIN}")
 
 
-_GGUF = re.compile(r"blk\.(\d+)\.(.+?)(?:\.weight|\.bias)?")
-_TORCH = re.compile(r"(?:.*\.)?(?:layers|h|blocks?)\.(\d+)\.(.+?)(?:\.weight|\.bias)?")
+_PART = re.compile(r"\.(?:weight|bias|codes|scales|zeros|qweight|weight_packed|float32)$")
+_GGUF = re.compile(r"blk\.(\d+)\.(.+)")
+_TORCH = re.compile(r"(?:.*\.)?(?:layers|h|blocks?)\.(\d+)\.(.+)")
 _ROLES = {
     "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
     "qkv_proj": "attn_qkv", "gate_proj": "ffn_gate", "up_proj": "ffn_up",
@@ -224,9 +225,10 @@ _ROLES = {
 
 def place(name: str) -> tuple[int | None, str]:
     """(layer, role) of a tensor by its name in GGUF or torch; no layer outside blocks."""
-    if (found := _GGUF.fullmatch(name)) is not None:
+    short = _PART.sub("", name)
+    if (found := _GGUF.fullmatch(short)) is not None:
         return int(found[1][:6]), found[2]
-    if (found := _TORCH.fullmatch(name)) is not None:
+    if (found := _TORCH.fullmatch(short)) is not None:
         leaf = found[2].rpartition(".")[2]
         return int(found[1][:6]), _ROLES.get(leaf, leaf)
-    return None, name.removesuffix(".weight")
+    return None, short

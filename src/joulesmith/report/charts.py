@@ -197,8 +197,8 @@ def type_keys(tensors: Sequence[TensorChoice]) -> dict[str, Key]:
 
 
 def _short(kind: str) -> str:
-    """``Q4_K -> Q4K``, ``Q8_0 -> Q8``, ``IQ4_NL -> IQ4``; the legend gives it in full."""
-    head, _, rest = kind.partition("_")
+    """``Q4_K -> Q4K``, ``Q8_0 -> Q8``, ``INT4-G64 -> INT4``; the legend gives it in full."""
+    head, _, rest = kind.partition("-")[0].partition("_")
     return (head + (rest[0] if rest[:1] in ("K", "1") else ""))[:5]
 
 

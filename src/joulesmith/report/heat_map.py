@@ -172,10 +172,8 @@ def render_map(found: HeatMap, console: Console) -> None:
     for layer in layers:
         row = []
         for role in roles:
-            value = cells.get((layer, role))
-            row.append(
-                Text("") if value is None else Text(_figure(value, found.unit), shade(value))
-            )
+            here = cells.get((layer, role))
+            row.append(Text("") if here is None else Text(_figure(here, found.unit), shade(here)))
         table.add_row(str(layer), *row)
     console.print(table)
     what = "bits per weight" if found.unit == "bits" else "predicted damage, millinats a token"
