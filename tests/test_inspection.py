@@ -123,7 +123,7 @@ def test_packed_codes_that_do_not_fit_their_shape_are_refused() -> None:
 class FakeEngine:
     """Multiplies in no time: a cell's joules are its weights in nanojoules."""
 
-    name, version, threads = "fake", "1", 1
+    name, version, threads = "fake", "fake 1", 1
 
     def __init__(self, joules: bool = True) -> None:
         self.joules = joules

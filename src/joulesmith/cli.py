@@ -550,7 +550,9 @@ def main() -> None:
     try:
         app()
     except JoulesmithError as e:
-        message = " ".join(str(e).split())
+        # Names in it may come from a file: nothing in them drives the terminal.
+        line = " ".join(str(e).split())
+        message = "".join(c if c.isprintable() else "\ufffd" for c in line)
         print(f"joulesmith: {message}", file=sys.stderr)
         sys.exit(e.exit_code)
     except BrokenPipeError:

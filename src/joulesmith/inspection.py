@@ -101,7 +101,7 @@ def inspect_model(path: str | os.PathLike[str]) -> Inspection:
         return _folder(p)
     length = regular_size(p)
     head = _head(p)
-    if head[:4] == b"GGUF":
+    if head[:4] == b"GGUF" or (p.suffix.lower() == ".gguf" and head):
         from joulesmith.gguf_file import read_gguf
 
         return summarize(read_gguf(p))

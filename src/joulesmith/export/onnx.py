@@ -113,6 +113,10 @@ class NBits(nn.Module):
     up, (code - zero) * scale, zero 2^(bits-1) unless given. Only to be exported.
     """
 
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
     def __init__(
         self,
         g: IntGrid,

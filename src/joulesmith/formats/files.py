@@ -115,7 +115,9 @@ def overlapping(tensors: Iterable[StoredTensor], *, shared: bool = False) -> str
     return None
 
 
-def bounded_json(raw: bytes, path: Path, *, objects: int, items: int) -> dict[str, Any]:
+def bounded_json(
+    raw: bytes, path: Path, *, objects: int, items: int, what: str = "JSON"
+) -> dict[str, Any]:
     """A JSON object with at most so many objects or arrays, and items, in it.
 
     They are counted before parsing, as parsed JSON takes up to 30 times its text.
@@ -136,13 +138,15 @@ def bounded_json(raw: bytes, path: Path, *, objects: int, items: int) -> dict[st
     try:
         found = json.loads(raw.decode("utf-8"), object_pairs_hook=once, parse_constant=number)
     except (ValueError, RecursionError) as e:
-        raise JoulesmithError(f"damaged JSON: {path}: {' '.join(str(e).split())[:120]}") from e
+        raise JoulesmithError(f"damaged {what}: {path}: {' '.join(str(e).split())[:120]}") from e
     if not isinstance(found, dict):
-        raise JoulesmithError(f"no JSON object: {path}: {AGAIN}")
+        raise JoulesmithError(f"damaged {what}: no JSON object: {path}: {AGAIN}")
     return found
 
 
-def read_bounded_json(path: Path, limit: int = 1 << 24, objects: int = 1 << 16) -> dict[str, Any]:
+def read_bounded_json(
+    path: Path, limit: int = 1 << 24, objects: int = 1 << 16, what: str = "JSON"
+) -> dict[str, Any]:
     """A JSON object from a regular file of at most ``limit`` bytes."""
     length = regular_size(path)
     if length > limit:
@@ -152,4 +156,4 @@ def read_bounded_json(path: Path, limit: int = 1 << 24, objects: int = 1 << 16) 
             raw = f.read(length)  # not more, should it grow meanwhile
     except OSError as e:
         raise JoulesmithError(f"cannot read: {path}: {e.strerror or e}") from e
-    return bounded_json(raw, path, objects=objects, items=1 << 20)
+    return bounded_json(raw, path, objects=objects, items=1 << 20, what=what)

@@ -136,7 +136,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    found = read_bounded_json(index, 1 << 26, objects=64).get("weight_map")
+    found = read_bounded_json(index, 1 << 26, 64, "index").get("weight_map")
     if not isinstance(found, dict) or len(found) > MAX_TENSORS:
         raise JoulesmithError(f"damaged index: {index}: no weight_map: {AGAIN}")
     for file_name in set(map(_text_of, found.values())):

@@ -73,7 +73,7 @@ def decode_cost(
                 stream_weights=stream_weights(found.parameters), repeats=repeats,
             )  # fmt: skip
             costs.update({(r, c, kind): table.decode(r, c, kind) for r, c in shapes})
-        how = f"matrices on the kernels of {chosen.name} {chosen.version}, {chosen.threads} threads"
+        how = f"matrices on the kernels of {chosen.version}, {chosen.threads} threads"
     except (EngineError, MissingExtraError) as e:
         return unknown(" ".join(str(e).split()))
     return DecodeCost(
