@@ -186,6 +186,22 @@ def test_damage_is_one_line(refused, raw, match):
     refused(raw, match)
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [  # found by benchmarks/fuzz/parsers.py
+        made([kv("a\n\x1b[2Jb", 77, b"\0" * 16)]),
+        made([kv("a\n\x1b[2Jb", 9, struct.pack("<IQ", 4, 1 << 62))]),
+        made(tensors=[s("a\n\x1b[2Jb") + struct.pack("<I", 4)], counts=(1, 0)),
+        made(tensors=[info("a\n\x1b[2Jb", [8], 9999, 0)], data=b"\0" * 64),
+    ],
+)
+def test_names_in_errors_do_not_drive_the_terminal(refused, raw, tmp_path):
+    refused(raw, "damaged|unknown|truncated|absurd")
+    with pytest.raises(JoulesmithError) as found:
+        read_gguf(tmp_path / "x.gguf")
+    assert str(found.value).isprintable()
+
+
 def test_absent_files_and_folders_are_one_line(tmp_path):
     for path in (tmp_path / "none.gguf", tmp_path):
         with pytest.raises(JoulesmithError, match="cannot read"):

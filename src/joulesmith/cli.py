@@ -374,21 +374,49 @@ def calibrate_power(
 
 @app.command()
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A .gguf file.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE_OR_FOLDER",
+            help=".gguf, .safetensors, a Hugging Face folder, .onnx, OpenVINO .xml, llama2.c.",
+        ),
+    ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    map_: Annotated[
+        bool, typer.Option("--map", help="Bits per weight of every matrix, layers by roles.")
+    ] = False,
+    joules: Annotated[
+        bool,
+        typer.Option(
+            "--joules",
+            help="Predict joules per decoded token: measures matrices like these for up to a "
+            "minute, once.",
+        ),
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what a model file holds: architecture, types, bits per weight, bytes."""
-    from joulesmith.gguf_file import read_gguf
-    from joulesmith.inspection import summarize
+    """Show what a model file holds: architecture, types, bits per weight, bytes, joules.
 
-    found = summarize(read_gguf(file))
+    Only headers are read; nothing in the file is run or unpacked.
+    """
+    from joulesmith.inspection import inspect_model
+
+    found = inspect_model(file)
+    if joules:
+        from dataclasses import replace
+
+        from joulesmith.job.cost import decode_cost
+        from joulesmith.progress import Progress
+
+        progress = Progress({"measure": 1})
+        with _interruptible("nothing was written"), progress.stage("measure") as tick:
+            found = replace(found, cost=decode_cost(found, tick))
     if json_:
         _print_json(found)
     else:
         from joulesmith.report.model_tables import render_inspection
 
-        render_inspection(found, _console(), every_tensor=tensors)
+        render_inspection(found, _console(), every_tensor=tensors, heat_map=map_)
 
 
 @app.command()
@@ -522,7 +550,9 @@ def main() -> None:
     try:
         app()
     except JoulesmithError as e:
-        message = " ".join(str(e).split())
+        # Names in it may come from a file: nothing in them drives the terminal.
+        line = " ".join(str(e).split())
+        message = "".join(c if c.isprintable() else "\ufffd" for c in line)
         print(f"joulesmith: {message}", file=sys.stderr)
         sys.exit(e.exit_code)
     except BrokenPipeError:

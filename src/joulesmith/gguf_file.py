@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from joulesmith.errors import JoulesmithError, MissingExtraError
+from joulesmith.formats.files import regular_size
 from joulesmith.units import size
 
 MAGIC = b"GGUF"
@@ -206,6 +207,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
     absent, not GGUF, damaged, of an unsupported version, big-endian or split.
     """
     p = Path(path)
+    regular_size(p)
     try:
         with p.open("rb") as f:
             length = os.fstat(f.fileno()).st_size
@@ -240,7 +242,7 @@ def _parse(path: Path, view: mmap.mmap, length: int) -> GgufFile:
         key = cursor.text("metadata key")
         if not key or key in metadata:
             raise cursor.bad(f"metadata key {key[:80]!r} is empty or appears twice")
-        metadata[key] = cursor.value(key[:80])
+        metadata[key] = cursor.value(_shown(key))
 
     split = metadata.get("split.count")
     if split is not None and split.value not in (0, 1):
@@ -389,12 +391,13 @@ class _Cursor:
         name = self.text("tensor name")
         if not name or len(name.encode()) > MAX_NAME:
             raise self.bad(f"tensor name {name[:80]!r} has not 1 to {MAX_NAME} bytes")
-        n_dims = self.number(_U32, f"dimensions of {name}")
+        shown = _shown(name)
+        n_dims = self.number(_U32, f"dimensions of {shown}")
         if not 1 <= n_dims <= MAX_DIMS:
             raise self.bad(f"tensor {name!r} has {n_dims} dimensions, 1 to {MAX_DIMS} are possible")
-        shape = tuple(self.number(_U64, f"shape of {name}") for _ in range(n_dims))[::-1]
-        number = self.number(_U32, f"type of {name}")
-        offset = self.number(_U64, f"offset of {name}")
+        shape = tuple(self.number(_U64, f"shape of {shown}") for _ in range(n_dims))[::-1]
+        number = self.number(_U32, f"type of {shown}")
+        offset = self.number(_U64, f"offset of {shown}")
         known = _types()[1].get(number)
         if known is None:
             raise JoulesmithError(
@@ -407,6 +410,11 @@ class _Cursor:
         if shape[-1] % block:
             raise self.bad(f"tensor {name!r}: rows of {shape[-1]} are no whole {type_name} blocks")
         return GgufTensor(name, shape, type_name, number, offset, _elements(shape) // block * width)
+
+
+def _shown(name: str) -> str:
+    """A name from the file in an error: short, and nothing that would drive a terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in name[:80])
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -7,7 +7,6 @@ Knows no tokenizers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from joulesmith.architectures import TensorRef, tensor_refs
 from joulesmith.errors import JoulesmithError, MissingExtraError
+from joulesmith.formats.safetensors_file import shards
 from joulesmith.gguf_file import GgufFile
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def open_safetensors(folder: Path) -> Iterator[SafetensorsShelf]:
         from safetensors import SafetensorError, safe_open
     except ImportError as e:
         raise MissingExtraError("safetensors") from e
-    files = _files(folder)
+    files = shards(folder)
     where: dict[str, Any] = {}
     with ExitStack() as stack:
         for file in files:
@@ -114,30 +114,6 @@ def open_safetensors(folder: Path) -> Iterator[SafetensorsShelf]:
                     raise JoulesmithError(f"tensor {name} is in two files: {folder}: {_AGAIN}")
                 where[name] = handle
         yield SafetensorsShelf(where, folder)
-
-
-def _files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError, OSError) as e:
-            raise JoulesmithError(f"damaged index: {index}: {_AGAIN}") from e
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise JoulesmithError(f"index names a file outside its folder: {index}: {_AGAIN}")
-            if not (folder / name).is_file():
-                raise JoulesmithError(f"file {name} is missing: {folder}: download it again")
-        return sorted(folder / name for name in names)
-    found = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    if found:
-        return found
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise JoulesmithError(
-            f"only pickled weights (.bin), which can run code: {folder}: "
-            "convert them to .safetensors, or download the .safetensors version"
-        )
-    raise JoulesmithError(f"no *.safetensors file: {folder}: {_AGAIN}")
 
 
 def build(

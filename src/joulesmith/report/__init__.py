@@ -11,12 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from joulesmith.report.files import load_result, write_json
+    from joulesmith.report.heat_map import damage_of, heat_map_page, render_map
     from joulesmith.report.page import write_page
     from joulesmith.report.terminal import render_terminal
 
-__all__ = ["load_result", "render_terminal", "write_json", "write_page"]
+__all__ = [
+    "damage_of",
+    "heat_map_page",
+    "load_result",
+    "render_map",
+    "render_terminal",
+    "write_json",
+    "write_page",
+]
 
 _HOME = {
+    "damage_of": "heat_map",
+    "heat_map_page": "heat_map",
+    "render_map": "heat_map",
     "load_result": "files",
     "render_terminal": "terminal",
     "write_json": "files",

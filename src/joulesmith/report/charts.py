@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from xml.etree import ElementTree
 
 from joulesmith.errors import MissingExtraError
@@ -197,8 +197,8 @@ def type_keys(tensors: Sequence[TensorChoice]) -> dict[str, Key]:
 
 
 def _short(kind: str) -> str:
-    """``Q4_K -> Q4K``, ``Q8_0 -> Q8``, ``IQ4_NL -> IQ4``; the legend gives it in full."""
-    head, _, rest = kind.partition("_")
+    """``Q4_K -> Q4K``, ``Q8_0 -> Q8``, ``INT4-G64 -> INT4``; the legend gives it in full."""
+    head, _, rest = kind.partition("-")[0].partition("_")
     return (head + (rest[0] if rest[:1] in ("K", "1") else ""))[:5]
 
 
@@ -215,7 +215,19 @@ def damage_keys(tensors: Sequence[TensorChoice]) -> tuple[list[float], list[Key]
     return edges, keys
 
 
-def layer_map(result: Result, what: str, name: str, *, tall: bool) -> str | None:
+class Map(Protocol):
+    """What a layer map is drawn from: a `Result`, or tensors alone."""
+
+    @property
+    def tensors(self) -> Sequence[TensorChoice]: ...
+
+
+def role_order(found: set[str]) -> list[str]:
+    """Roles in the order that a block computes them, others after."""
+    return [r for r in _ROLES if r in found] + sorted(found.difference(_ROLES))
+
+
+def layer_map(result: Map, what: str, name: str, *, tall: bool) -> str | None:
     """Layer x role, coloured by type (``what="type"``) or by damage (``what="damage"``).
 
     ``tall`` puts layers downwards, for narrow screens. ``None`` without layers.
@@ -228,8 +240,7 @@ def layer_map(result: Result, what: str, name: str, *, tall: bool) -> str | None
     if not cells:
         return None
     layers = sorted({layer for layer, _ in cells})
-    found = {role for _, role in cells}
-    roles = [r for r in _ROLES if r in found] + sorted(found.difference(_ROLES))
+    roles = role_order({role for _, role in cells})
     types = type_keys(result.tensors)
     edges, damages = damage_keys(result.tensors)
     rows = []
@@ -294,11 +305,12 @@ def layer_map(result: Result, what: str, name: str, *, tall: bool) -> str | None
 
 
 def _tensor_title(t: TensorChoice) -> str:
-    return (
+    title = (
         f"{figures.clean(t.tensor)}: {figures.clean(t.type)}, "
         f"{figures.small(t.bits_per_weight)} bits per weight, "
-        f"damage {figures.small(t.damage)} nats, {figures.joules(t.joules)} per token"
+        f"damage {figures.small(t.damage)} nats"
     )
+    return title + (f", {figures.joules(t.joules)} per token" if figures.known(t.joules) else "")
 
 
 # --- from altair to an SVG for the page ---------------------------------------------------------

@@ -9,7 +9,7 @@ from joulesmith.units import si, size
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from joulesmith.inspection import Inspection
+    from joulesmith.inspection import DecodeCost, Inspection
     from joulesmith.job.quantize import Quantized
     from joulesmith.measure import Measurement
 
@@ -54,45 +54,78 @@ def render_measurement(m: Measurement, console: Console) -> None:
     console.print(table)
 
 
-def render_inspection(found: Inspection, console: Console, *, every_tensor: bool = False) -> None:
-    """Architecture, sizes and types of a model file."""
+def render_inspection(
+    found: Inspection, console: Console, *, every_tensor: bool = False, heat_map: bool = False
+) -> None:
+    """Architecture, sizes and types of a model file. Names come from the file: made harmless."""
     from rich.table import Table
     from rich.text import Text
+
+    from joulesmith.report.figures import printable
+
+    def say(text: str) -> Text:
+        return Text(printable(text, console.encoding))
 
     def known(value: object) -> str:
         return "unknown" if value is None else str(value)
 
-    head = "tied to the embedding" if found.tied_head else "separate"
+    def bits(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    tied = {True: "tied to the embedding", False: "separate", None: "unknown"}
     lines = [
-        f"{found.path}",
+        f"{found.path}: {found.format}",
         f"{found.name or 'unnamed'}: {found.architecture}, {found.parameters / 1e6:.1f} M weights, "
-        f"{found.bits_per_weight:.2f} bits per weight, {size(found.file_bytes)}",
+        f"{bits(found.bits_per_weight)} bits per weight, {size(found.file_bytes)}",
         f"{known(found.layers)} layers, hidden {known(found.hidden)}, {known(found.heads)} heads "
         f"({known(found.kv_heads)} key/value), vocabulary {known(found.vocabulary)}, context "
-        f"{known(found.context)}, head {head}",
+        f"{known(found.context)}, head {tied[found.tied_head]}",
     ]
     if found.made_by:
         lines.append(f"written by {found.made_by}")
+    if found.cost is not None:
+        lines += _cost_lines(found.cost)
     for text in lines:
-        console.print(Text(text))
+        console.print(say(text))
     table = Table(box=None, pad_edge=False)
     table.add_column("type")
     for name in ("tensors", "weights", "bytes", "bits per weight"):
         table.add_column(name, justify="right")
     for t in found.types:
         table.add_row(
-            t.type, str(t.tensors), f"{t.weights / 1e6:.2f} M", size(t.bytes),
-            f"{t.bits_per_weight:.2f}",
+            say(t.type), str(t.tensors), f"{t.weights / 1e6:.2f} M", size(t.bytes),
+            bits(t.bits_per_weight),
         )  # fmt: skip
     console.print(table)
+    if heat_map:
+        from joulesmith.report.heat_map import bits_of, render_map
+
+        render_map(bits_of(found), console)
     if every_tensor:
         rows = Table(box=None, pad_edge=False)
         for name in ("tensor", "shape", "type", "bytes"):
             rows.add_column(name, justify="right" if name == "bytes" else "left")
         for line in found.tensors:
             shape = " x ".join(map(str, line.shape))
-            rows.add_row(Text(line.name), shape, line.type, size(line.bytes))
+            rows.add_row(say(line.name), shape, say(line.type), size(line.bytes))
         console.print(rows)
+
+
+def _cost_lines(cost: DecodeCost) -> list[str]:
+    """The prediction, its interval and what it leaves out; "unknown" with the reason."""
+    if cost.seconds is None:
+        return [f"joules per decoded token: unknown: {cost.how}"]
+    if cost.joules is None:
+        joules = "unknown (no counter and no power model here)"
+    else:
+        joules = f"{si(cost.joules, 'J')}"
+        if cost.low is not None and cost.high is not None:
+            joules += f" ({si(cost.low, 'J')} to {si(cost.high, 'J')}, 90 %)"
+        joules += f", {cost.pedigree or 'unknown pedigree'}"
+    return [
+        f"joules per decoded token, predicted: {joules}; {si(cost.seconds, 's')}",
+        f"  {cost.how}; attention, norms and sampling come on top",
+    ]
 
 
 def render_quantized(found: Quantized, console: Console, worst: int = 5) -> None:

@@ -30,7 +30,7 @@ def write_page(result: Result, path: Path) -> None:
 
 def render_page(result: Result) -> str:
     """The page as text."""
-    env = _environment()
+    env = environment()
     safe = _safe()
     pictures = {
         key: None if svg is None else safe(svg)
@@ -63,7 +63,8 @@ def render_page(result: Result) -> str:
     )
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """The templates, with the filters for figures; all text is escaped."""
     try:
         import jinja2
     except ImportError as e:
