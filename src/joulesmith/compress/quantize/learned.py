@@ -252,5 +252,8 @@ class _Layer(nn.Module):
 
 
 def _through(block: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """(n, length, hidden) through one block, a few windows at a time."""
-    return torch.cat([first(block(x[i : i + 1], **kwargs)) for i in range(len(x))])
+    """(n, length, hidden) through one block, a few windows at a time.
+
+    kwargs: as the model gave them for one window; positions and mask are the same for all.
+    """
+    return torch.cat([first(block(x[i : i + BATCH], **kwargs)) for i in range(0, len(x), BATCH)])
