@@ -337,10 +337,11 @@ def grid(name: str) -> Format:
 
     Raises `JoulesmithError` naming the known ones.
     """
-    from joulesmith.compress.quantize import integers, kquants, legacy
+    from joulesmith.compress.quantize import fp8, integers, kquants, legacy
 
-    if (found := integers.by_name(name)) is not None:
-        return found
+    own: Format | None = integers.by_name(name) or fp8.by_name(name)
+    if own is not None:
+        return own
 
     known: dict[str, Format] = {c.name: c for c in (F32(), F16(), BF16())}
     known |= legacy.GRIDS

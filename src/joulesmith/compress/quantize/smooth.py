@@ -23,7 +23,7 @@ from torch import Tensor
 from joulesmith.compress.quantize.activations import InputQuantizer, Scheme, round_to, scale_of
 from joulesmith.errors import JoulesmithError
 
-ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 REACH = 1e3
 """Factors stay within this of their geometric mean: norms are stored in float16."""
 
