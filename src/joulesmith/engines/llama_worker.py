@@ -54,9 +54,7 @@ class Worker:
         version = f"llama.cpp {lib.version}{number} ({source}, {digest})"
         return {"version": version, "system_info": lib.system_info, "path": str(lib.path)}, []
 
-    def op_load(
-        self, path: str, context: int, threads: int, cache_type: str = "F16"
-    ) -> Answer:
+    def op_load(self, path: str, context: int, threads: int, cache_type: str = "F16") -> Answer:
         from joulesmith.engines.llama_model import Model
 
         assert self._library is not None

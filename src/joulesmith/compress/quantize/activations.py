@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from joulesmith.errors import JoulesmithError
+from joulesmith.progress import Tick, silent
 
 Kind = Literal["int8", "fp8"]
 Method = Literal["absmax", "percentile", "mse"]
@@ -267,7 +268,7 @@ def quantized_inputs(
 
 
 def observe(
-    module: torch.nn.Module, names: list[str], inputs: list[Tensor]
+    module: torch.nn.Module, names: list[str], inputs: list[Tensor], progress: Tick = silent
 ) -> dict[str, Histogram]:
     """Histograms of the named linear layers' inputs over ``inputs`` (token ids, (b, n) each)."""
     found = {name: Histogram() for name in names}
@@ -281,8 +282,9 @@ def observe(
 
             handles.append(modules[name].register_forward_pre_hook(hook))
         with torch.no_grad():
-            for ids in inputs:
+            for i, ids in enumerate(inputs):
                 module(input_ids=ids, use_cache=False)
+                progress((i + 1) / len(inputs))
     finally:
         for handle in handles:
             handle.remove()

@@ -118,7 +118,7 @@ def pack(x: Tensor, bits: int, *, tokens: int, columns: int, symmetric: bool) ->
         raise JoulesmithError(
             f"{n} tokens of {d} channels do not cut into groups of {tokens} x {columns}"
         )
-    cut = x.float().unflatten(-1, (d // columns, columns)).unflatten(-3, (n // tokens, tokens))
+    cut = x.float().reshape(*x.shape[:-2], n // tokens, tokens, d // columns, columns)
     # (..., n / tokens, tokens, d / columns, columns)
     over = (-3, -1)
     top = (1 << bits) - 1
@@ -157,7 +157,7 @@ def unpack(p: Packed, bits: int, dtype: torch.dtype) -> Tensor:
     codes = _spread(p.codes, bits)
     n, d = codes.shape[-2:]
     groups, runs = p.scale.shape[-3], p.scale.shape[-1]
-    cut = codes.float().unflatten(-1, (runs, d // runs)).unflatten(-3, (groups, n // groups))
+    cut = codes.float().reshape(*codes.shape[:-2], groups, n // groups, runs, d // runs)
     scale = p.scale.float()[..., None]
     if p.low is None:
         cut = (cut - (1 << (bits - 1))) * scale
@@ -170,8 +170,8 @@ def _squeeze(codes: Tensor, bits: int) -> Tensor:
     """(..., n) codes below 2^bits -> (..., n bits / 8) bytes, from the low bits up."""
     if bits == 8:
         return codes
-    apart = codes.unflatten(-1, (-1, 8 // bits))
-    out = apart[..., 0].clone()
+    apart = codes.reshape(*codes.shape[:-1], -1, 8 // bits)
+    out: Tensor = apart[..., 0].clone()
     for i in range(1, 8 // bits):
         out |= apart[..., i] << (i * bits)
     return out

@@ -45,13 +45,15 @@ class Smoothing:
     """alpha: chosen, None for no smoothing. scale: (channels,) to divide inputs by.
 
     damage: predicted of rounding inputs and weights so; before: of rounding them
-    unsmoothed. Nats a token where gradients were given, else summed squared error a token.
+    unsmoothed; by_token: of the chosen factors with a scale for each token. Nats a token
+    where gradients were given, else half the summed squared error a token.
     """
 
     alpha: float | None
     scale: Tensor
     damage: float
     before: float
+    by_token: float
 
 
 def smooth_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
@@ -122,20 +124,23 @@ def search(
     if not bool(torch.isfinite(x).all()):
         raise JoulesmithError("activations hold NaN or infinity: check the model and the text")
 
-    def damage(scale: Tensor | None) -> float:
+    def damage(scale: Tensor | None, dynamic: bool = scheme.dynamic) -> float:
         s = None if scale is None else columns(scale)
         inputs = x if s is None else x / s
         moved = [Layer(y.weight if s is None else y.weight * s, y.gradient) for y in layers]
-        quantizer = InputQuantizer(scheme) if scheme.dynamic else static_by_peak(inputs, scheme)
+        used = Scheme(scheme.kind, dynamic, scheme.symmetric)
+        quantizer = InputQuantizer(used) if dynamic else static_by_peak(inputs, used)
         return output_damage(inputs, moved, scheme, quantizer)
 
     x_peak = channels(x.abs().amax(0))
     w_peak = channels(torch.stack([y.weight.abs().amax(0) for y in layers]).amax(0))
     before = damage(None)
-    best = Smoothing(None, torch.ones_like(x_peak), before, before)
+    best: tuple[float, float | None, Tensor] = (before, None, torch.ones_like(x_peak))
     for alpha in alphas:
         scale = smooth_scale(x_peak, w_peak, alpha)
         found = damage(scale)
-        if found < best.damage:
-            best = Smoothing(alpha, scale, found, before)
-    return best
+        if found < best[0]:
+            best = (found, alpha, scale)
+    least, chosen, scale = best
+    by_token = least if scheme.dynamic else damage(scale, True)
+    return Smoothing(chosen, scale, least, before, by_token)
