@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -76,7 +78,7 @@ def test_a_histogram_of_parts_is_that_of_the_whole(seed: int, cuts: list[int]) -
     whole, parts = Histogram(), Histogram()
     whole.add(x)
     ends = [0, *sorted(cuts), len(x)]
-    for a, b in zip(ends, ends[1:], strict=False):
+    for a, b in pairwise(ends):
         parts.add(x[a:b])
     assert torch.equal(whole.counts, parts.counts)
     assert (whole.low, whole.high) == (parts.low, parts.high) == (x.min(), x.max())

@@ -155,7 +155,8 @@ def test_crop_reorder_and_select(scheme: KVScheme) -> None:
             assert torch.equal(k2[:, :, :-1], k[order][:, :, : 29 - cut])
         else:
             # a group that was cut is packed again when it is full, from what it read back
-            assert (k2[:, :, :-1] - k[order][:, :, : 29 - cut]).abs().max() < 0.7
+            off = (k2[:, :, :-1] - k[order][:, :, : 29 - cut]).abs()
+            assert not off.numel() or off.max() < 0.7
         assert torch.equal(v2[:, :, :-1], v[order][:, :, : 29 - cut])
     layer.reset()
     assert layer.get_seq_length() == 0 and layer.nbytes == 0
@@ -163,7 +164,7 @@ def test_crop_reorder_and_select(scheme: KVScheme) -> None:
 
 
 def test_what_cannot_be_packed_is_one_line(module: Any) -> None:
-    from transformers import MistralConfig
+    from transformers import Qwen2Config
 
     for make, match in (
         (lambda: KVScheme(3), "8, 4 or 2 bits"),
@@ -171,7 +172,7 @@ def test_what_cannot_be_packed_is_one_line(module: Any) -> None:
         (lambda: pack(torch.zeros(5, 8), 4, tokens=4, columns=1, symmetric=False), "do not cut"),
         (
             lambda: PackedCache(
-                MistralConfig(sliding_window=8, layer_types=["sliding_attention"]), KVScheme(8)
+                Qwen2Config(num_hidden_layers=1, layer_types=["sliding_attention"]), KVScheme(8)
             ),
             "full attention only",
         ),

@@ -102,7 +102,7 @@ def moved(
     """The moments of a block's layers as they are after smoothing.
 
     Inputs divided by s have second moments divided by s s^T; outputs divided by s have
-    gradients multiplied by s.
+    gradients multiplied by s; how tokens are weighted against each other stays.
     """
     out = dict(moments)
     for fold in folds_of(block, config):
