@@ -2,11 +2,13 @@
 
     python benchmarks/activations.py --eval WIKITEXT_TEST --calib WIKITEXT_VALID [--seeds 3]
 
-SmolLM2-135M-Instruct (dequantized from Q4_1), float32 in torch, against itself: the same windows
-of the evaluation text, paired. Weights of W8A8, W8A8-STATIC and FP8 are rounded after smoothing
-as `joulesmith quantize` does it, on calibration windows drawn by seed; caches need none. The
-last rows are llama.cpp's own cache types on the F16 file, against its F16 cache. Each cell is
-kept in --work as it is done, so that a run can be interrupted, and shared out with --only.
+A model (SmolLM2-135M-Instruct, dequantized from Q4_1, unless --model says another), float32 in
+torch, against itself: the same windows of the evaluation text, paired. "samples" instead of a
+file is text that the model writes itself, with a seed of its own. Weights of W8A8, W8A8-STATIC
+and FP8 are rounded after smoothing as `joulesmith quantize` does it, on calibration windows
+drawn by seed; caches need none. The last rows are llama.cpp's own cache types on the F16 file,
+against its F16 cache. Each cell is kept in --work as it is done, so that a run can be
+interrupted, and shared out with --only.
 """
 
 from __future__ import annotations
@@ -58,6 +60,13 @@ PLAIN = {
 ENGINE = ("Q8_0", "Q5_1", "Q4_1", "Q4_0")
 
 
+def windows(model: Model, where: str, n: int, length: int, seed: int) -> text.Windows:
+    """Windows of a text file, or of what the model writes."""
+    if where == "samples":
+        return text.self_samples(model, n, length, seed)
+    return text.windows(model, text.read(where), length, {"all": n}, seed)["all"]
+
+
 class Bench:
     """The model, its reference on the evaluation windows, and the cells done so far."""
 
@@ -65,9 +74,8 @@ class Bench:
         self.args = args
         self.folder = Path(args.work)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.model = load("smollm2")
-        counts = {"judge": args.windows}
-        read = text.windows(self.model, text.read(args.eval), args.length, counts, 0)["judge"]
+        self.model = load(args.model)
+        read = windows(self.model, args.eval, args.windows, args.length, 1000)
         self.windows, self.source = read.tokens, read.source
         self.reference: Reference | None = None
 
@@ -101,10 +109,8 @@ class Bench:
 def rounded(bench: Bench, name: str, seed: int) -> None:
     """One type that rounds inputs, calibrated on windows of its own."""
     args, scheme = bench.args, SCHEMES[name]
-    model: Model = load("smollm2")
-    calib = text.windows(
-        model, text.read(args.calib), 256, {"calibration": args.calib_windows}, seed
-    )["calibration"].tokens
+    model: Model = load(args.model)
+    calib = windows(model, args.calib, args.calib_windows, 256, seed).tokens
     packed: dict[str, Rounded] = {}
     done: dict[int, Smoothed] = {}
     walk_rows(
@@ -197,9 +203,12 @@ def table(bench: Bench) -> str:
     names += [*CACHES, *(f"llama.cpp {t}" for t in ENGINE)]
     args = bench.args
     lines = [
-        f"# Rounded inputs and caches, SmolLM2-135M dequantized from Q4_1 ({date.today()})",
+        f"# Rounded inputs and caches ({date.today()})",
         "",
-        f"`python benchmarks/activations.py --eval {Path(args.eval).name} --calib "
+        f"{bench.model.origin}",
+        "",
+        f"`python benchmarks/activations.py --model {Path(args.model).name} --eval "
+        f"{Path(args.eval).name} --calib "
         f"{Path(args.calib).name} --windows {args.windows} --length {args.length} "
         f"--calib-windows {args.calib_windows} --seeds {args.seeds}`",
         "",
@@ -217,6 +226,7 @@ def table(bench: Bench) -> str:
 def main() -> None:
     """Do what is missing, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="smollm2")
     parser.add_argument("--eval", required=True)
     parser.add_argument("--calib", required=True)
     parser.add_argument("--seeds", type=int, default=3)
@@ -224,6 +234,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--calib-windows", type=int, default=32)
+    parser.add_argument("--name", default="activations")
     parser.add_argument("--work", default="activations.work")
     parser.add_argument("--only", nargs="*")
     args = parser.parse_args()
@@ -250,7 +261,7 @@ def main() -> None:
     found = table(bench)
     print(found)
     if args.only is None:
-        (Path(__file__).parent / "results" / "activations.md").write_text(found)
+        (Path(__file__).parent / "results" / f"{args.name}.md").write_text(found)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,10 @@ def quantize(
         if g is not None:
             for ref in inside:
                 g.row_bytes(ref.shape[1])  # told before any work is done
+        if kv_cache is not None:
+            from joulesmith.compress.quantize.kv_layers import PackedCache
+
+            PackedCache(loaded.module.config, DEFAULTS[kv_cache])
     whole = out.resolve()  # "." has no name
     beside = whole.with_name(whole.name + ".work")
     plan = _Plan(kind, scheme, None if kv_cache is None else DEFAULTS[kv_cache], seed)

@@ -46,6 +46,15 @@ class KVScheme:
         if self.group < 8 or self.group % 8:
             raise JoulesmithError(f"a group is a multiple of 8, not {self.group}")
 
+    def check(self, channels: int) -> None:
+        """Raises `JoulesmithError` where heads of so many channels do not fit."""
+        if self.rotate:
+            hadamard(channels)
+        if channels % 8 or (channels % self.group and self.group < channels):
+            raise JoulesmithError(
+                f"heads of {channels} channels do not cut into groups of {self.group}"
+            )
+
     @property
     def bits_per_value(self) -> float:
         """Codes and float16 scales (and least values), for full groups."""

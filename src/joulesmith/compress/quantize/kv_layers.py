@@ -36,13 +36,8 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
         """Take over dtype and device; keys and values (batch, heads, tokens, channels)."""
         super().lazy_initialization(key_states, value_states)
         self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
-        for d in (key_states.shape[-1], value_states.shape[-1]):
-            if self.scheme.rotate:
-                hadamard(d)
-            if d % 8 or (d % self.scheme.group and self.scheme.group < d):
-                raise JoulesmithError(
-                    f"heads of {d} channels do not cut into groups of {self.scheme.group}"
-                )
+        for states in (key_states, value_states):
+            self.scheme.check(states.shape[-1])
 
     def _turn(self, x: Tensor) -> Tensor:
         """Rotate the channels; the matrix is its own inverse."""
@@ -176,7 +171,8 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
 class PackedCache(Cache):  # type: ignore[misc]
     """A cache of `PackedLayer`s for ``config``.
 
-    Raises `JoulesmithError` for models with sliding or linear attention.
+    Raises `JoulesmithError` for models with sliding or linear attention, or with heads that
+    the scheme does not fit.
     """
 
     def __init__(self, config: Any, scheme: KVScheme) -> None:
@@ -187,6 +183,8 @@ class PackedCache(Cache):  # type: ignore[misc]
                 f"a packed cache holds full attention only, and the model has "
                 f"{', '.join(sorted(kinds - {'full_attention'}))}"
             )
+        heads = text.num_attention_heads
+        scheme.check(getattr(text, "head_dim", None) or text.hidden_size // heads)
         super().__init__(layers=[PackedLayer(scheme) for _ in range(text.num_hidden_layers)])
 
     @property
