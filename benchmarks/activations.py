@@ -40,6 +40,7 @@ from joulesmith.compress.quantize.sites import folds_of
 from joulesmith.compress.quantize.smooth_step import Smoothed
 from joulesmith.compress.quantize.walk import Rounded
 from joulesmith.engines.torch_engine import TorchSession
+from joulesmith.errors import EngineError
 from joulesmith.models import Model, load, set_gguf_weight
 from joulesmith.quality import Reference, judge, write_reference
 
@@ -57,6 +58,8 @@ PLAIN = {
     "int8 inputs alone, zero points, no smoothing": Scheme("int8", symmetric=False),
     "FP8 inputs alone": Scheme("fp8"),
 }
+EVALUATION_SEED = 1000
+"""Of sampled text, so that it is not what is calibrated on."""
 ENGINE = ("Q8_0", "Q5_1", "Q4_1", "Q4_0")
 
 
@@ -64,7 +67,7 @@ def windows(model: Model, where: str, n: int, length: int, seed: int) -> text.Wi
     """Windows of a text file, or of what the model writes."""
     if where == "samples":
         return text.self_samples(model, n, length, seed)
-    return text.windows(model, text.read(where), length, {"all": n}, seed)["all"]
+    return text.windows(model, text.read(where), length, {"judge": n}, seed)["judge"]
 
 
 class Bench:
@@ -75,7 +78,8 @@ class Bench:
         self.folder = Path(args.work)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = load(args.model)
-        read = windows(self.model, args.eval, args.windows, args.length, 1000)
+        seed = EVALUATION_SEED if args.eval == "samples" else 0
+        read = windows(self.model, args.eval, args.windows, args.length, seed)
         self.windows, self.source = read.tokens, read.source
         self.reference: Reference | None = None
 
@@ -164,8 +168,12 @@ def engine_cells(bench: Bench) -> None:
         write_choice(bench.model, lambda t, k: grid(k).pack(_weight(bench.model, t)), types, path)
         base = None
         for kind in ("F16", *names):
-            with engine.load(path, context=bench.windows.shape[1], cache_type=kind) as session:
-                nll = session.score(bench.windows).nll.astype(np.float64)
+            try:
+                with engine.load(path, context=bench.windows.shape[1], cache_type=kind) as session:
+                    nll = session.score(bench.windows).nll.astype(np.float64)
+            except EngineError as e:
+                print(f"llama.cpp {kind}: {e}")
+                continue
             if base is None:
                 base = nll
                 continue
