@@ -142,7 +142,11 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Folder to write, in compressed-tensors format.")],
     type_: Annotated[
         str,
-        typer.Option("--type", help="INT4-G128, INT4-G64-ZP (with zeros), INT8-G128 ..."),
+        typer.Option(
+            "--type",
+            help="INT4-G128, INT4-G64-ZP (with zeros), INT8-G128 ...; with 8-bit inputs too: "
+            "W8A8, W8A8-STATIC, FP8.",
+        ),
     ] = "INT4-G64",
     calib: Annotated[
         Optional[str],  # noqa: UP045
@@ -152,20 +156,32 @@ def quantize(
         Optional[str],  # noqa: UP045
         typer.Option("--eval", help="Text file to judge on. Default: English that Python ships."),
     ] = None,
+    kv_cache: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Judge with keys and values on 8 or 4 bits as well."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of splits.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Quantize a model's weights for vLLM and transformers, and say what is kept.
+    """Quantize a model for vLLM and transformers, and say what is kept.
 
-    Every matrix of the decoder blocks gets the one type, rounded with error feedback; the
-    rest is float16. The same command again goes on where it stopped.
+    Every matrix of the decoder blocks gets the one type; the rest is float16. What is kept
+    is judged with inputs rounded, where the type does that. The same command again goes on
+    where it stopped.
     """
     from joulesmith.job.quantize import quantize as run
     from joulesmith.progress import Progress
 
     with _interruptible("the same command goes on where it stopped"):
         found = run(
-            model, type_, out, calib=calib, evaluation=eval_, seed=seed, progress=Progress({})
+            model,
+            type_,
+            out,
+            calib=calib,
+            evaluation=eval_,
+            seed=seed,
+            kv_cache=kv_cache,
+            progress=Progress({}),
         )
     if json_:
         _print_json(found)

@@ -198,3 +198,17 @@ def test_get_engine() -> None:
     assert engine.name == "llama.cpp"
     with pytest.raises(JoulesmithError, match=r"unknown engine 'vllm': one of llama\.cpp"):
         get_engine("vllm")
+
+
+def test_a_cache_type_changes_what_attention_reads(
+    engine: LlamaCpp, model_file: Path, session: LlamaSession, tokens: np.ndarray
+) -> None:
+    plain = session.logits(tokens)
+    with engine.load(model_file, context=64, threads=1, cache_type="BF16") as coarse:
+        off = np.abs(coarse.logits(tokens) - plain)
+    assert 0 < off.max() < 0.2 * plain.std()
+    # heads of 16 channels hold no block of 32: llama.cpp says so
+    with pytest.raises(EngineError, match="q8_0"):
+        engine.load(model_file, context=64, threads=1, cache_type="Q8_0")
+    with pytest.raises(EngineError, match="no key-value cache of type Q4_K"):
+        engine.load(model_file, context=64, threads=1, cache_type="Q4_K")

@@ -12,6 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from joulesmith.compress.quantize.activations import (
+    Histogram,
+    InputQuantizer,
+    Scheme,
+    quantized_inputs,
+    static_quantizer,
+)
 from joulesmith.compress.quantize.grids import grid
 from joulesmith.errors import JoulesmithError
 from joulesmith.export.compressed_tensors import words, write_compressed
@@ -80,6 +87,93 @@ def test_transformers_loads_what_was_judged(
     torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
     assert AutoTokenizer.from_pretrained(out)("a b").input_ids
     assert not list(tmp_path.glob("*.part"))
+
+
+def by_row(model: Model, kind: str) -> dict[str, Any]:
+    """Every matrix of the blocks with a scale a row."""
+    out = {}
+    for ref in model.matrices():
+        if ref.layer is not None:
+            name = f"{kind}-G{ref.shape[1]}"
+            out[ref.name] = (name, grid(name).pack(gguf_weight(model, ref.name)))
+    return out
+
+
+def quantizers(model: Model, packed: dict[str, Any], scheme: Scheme) -> dict[str, InputQuantizer]:
+    if scheme.dynamic:
+        return dict.fromkeys(packed, InputQuantizer(scheme))
+    seen = Histogram()
+    seen.add(torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 2 + 0.3)
+    found = dict.fromkeys(packed, static_quantizer(seen, scheme, "absmax"))
+    down = next(n for n in packed if "ffn_down" in n)
+    return found | {down: InputQuantizer(Scheme(scheme.kind, symmetric=scheme.symmetric))}
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme", "form"),
+    [
+        ("INT8", Scheme(), "int-quantized"),
+        ("INT8", Scheme(symmetric=False), "int-quantized"),
+        ("INT8", Scheme(dynamic=False), "int-quantized"),
+        ("INT8", Scheme(dynamic=False, symmetric=False), "int-quantized"),
+        ("FP8", Scheme("fp8"), "float-quantized"),
+        ("FP8", Scheme("fp8", dynamic=False), "float-quantized"),
+    ],
+)
+def test_transformers_rounds_inputs_as_judged(
+    folder: Path, tmp_path: Path, kind: str, scheme: Scheme, form: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = load(folder)
+    with torch.no_grad():  # what the file holds of the rest, so that only rounding can differ
+        for p in model.module.parameters():
+            p.copy_(p.half())
+    packed = by_row(model, kind)
+    inputs = quantizers(model, packed, scheme)
+    out = tmp_path / "out"
+    write_compressed(model, packed, out, inputs=inputs)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["format"] == form
+    assert len(config["config_groups"]) == (1 if scheme.dynamic else 2)
+    ids = torch.arange(40)[None] % 400
+    with torch.no_grad():
+        for name, (k, rows) in packed.items():
+            back = grid(k).unpack(rows, model.ref(name).shape[1])
+            set_gguf_weight(model, name, torch.from_numpy(back))
+        weights_only = model.module(ids).logits
+        named = {model.ref(n).parameter.removesuffix(".weight"): q for n, q in inputs.items()}
+        with quantized_inputs(model.module, named):
+            want = model.module(ids).logits
+        theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        got = theirs(ids).logits
+    # Against what rounding the inputs does, the two agree: it is the same rounding.
+    rounding = (want - weights_only).abs()
+    assert rounding.max() > 1e-3
+    assert (got - want).abs().mean() < 0.02 * rounding.mean()
+
+
+def test_mixtures_of_inputs_that_engines_cannot_load(folder: Path, tmp_path: Path) -> None:
+    model = load(folder)
+    int8, fp8 = by_row(model, "INT8"), by_row(model, "FP8")
+    name = next(iter(int8))
+    dynamic = dict.fromkeys(int8, InputQuantizer(Scheme()))
+    floats = dict.fromkeys(int8, InputQuantizer(Scheme("fp8")))
+    grouped = packed_by(model, {}, "INT8-G32")
+    zeros = packed_by(model, {}, "INT4-G32-ZP")
+    for packed, inputs, match in (
+        (int8, {name: dynamic[name]}, "one format"),
+        (int8 | {name: fp8[name]}, dynamic, "must be FP8"),
+        (fp8, dynamic, "must be FP8"),
+        (int8, floats, "must be int8"),
+        (grouped, dynamic, "a scale a row"),
+        (zeros, dynamic, "a scale a row"),
+        (packed_by(model, {}, "FP8-G32"), floats, "a scale a row"),
+        (int8, dynamic | {"blk.9.attn_q.weight": dynamic[name]}, "no packed weights"),
+    ):
+        with pytest.raises(JoulesmithError, match=match):
+            write_compressed(model, packed, tmp_path / "out", inputs=inputs)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_engines_cannot_load_is_refused_before_writing(folder: Path, tmp_path: Path) -> None:

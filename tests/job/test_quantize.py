@@ -35,11 +35,56 @@ def test_a_folder_that_keeps_most(tiny: Path, tmp_path: Path, joulesmith: Run) -
 
 
 @pytest.mark.parametrize(
+    ("kind", "form", "words"),
+    [
+        ("W8A8", "int-quantized", "a scale by token"),
+        ("W8A8-STATIC", "int-quantized", "static scales"),
+        ("FP8", "float-quantized", "FP8"),
+    ],
+)
+def test_rounded_inputs_are_judged_and_written(
+    tiny: Path, tmp_path: Path, joulesmith: Run, kind: str, form: str, words: str
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "out"
+    more = () if kind == "FP8" else ("--kv-cache", "8")
+    if kind == "W8A8":  # smoothed blocks of the first run are folded again by the second
+        killed = joulesmith("quantize", tiny, "--type", kind, "--out", out, *more, until="judge:")
+        assert killed.returncode == -signal.SIGKILL and not out.exists()
+    done = joulesmith("quantize", tiny, "--type", kind, "--out", out, "--json", *more)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["type"] == kind and words in found["inputs"]
+    assert found["quality"]["kept"] > 0.99 and 0 < found["quality"]["kl"] < 0.01
+    assert 8 < found["bits_per_weight"] < 8.3
+    assert (found["smoothing"] > 0) == (kind != "FP8")
+    if more:
+        assert found["cache"]["bits"] == 9.0
+        assert found["cache"]["quality"]["kl"] != found["quality"]["kl"]
+    else:
+        assert found["cache"] is None
+    assert [p.name for p in tmp_path.iterdir()] == ["out"], "working files are gone"
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["format"] == form
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    ids = torch.arange(60)[None] * 5 % 400
+    with torch.no_grad():
+        a, b = model(ids).logits.log_softmax(-1), plain(ids).logits.log_softmax(-1)
+    assert float((b.exp() * (b - a)).sum(-1).mean()) < 0.01
+
+
+@pytest.mark.parametrize(
     ("words", "match"),
     [
         (("--type", "INT3-G32"), "4 or 8 bits"),
         (("--type", "Q4_K"), "4 or 8 bits"),
         (("--type", "nonsense"), "unknown tensor type"),
+        (("--type", "FP8-G64"), "4 or 8 bits"),
+        (("--type", "W8A8", "--kv-cache", "3"), "8 or 4 bits"),
         (("--type", "INT4-G48"), "blocks of 48"),
         (("--calib", "absent.txt"), "no such text file"),
     ],

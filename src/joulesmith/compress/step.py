@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from joulesmith.progress import Tick, silent
 
 if TYPE_CHECKING:
+    from joulesmith.compress.quantize.activations import InputQuantizer
+    from joulesmith.compress.quantize.kv_cache import KVScheme
     from joulesmith.models import Model
 
 REGISTRY: dict[str, type[Step]] = {}
@@ -23,12 +25,15 @@ class StepRecord:
 
     packed: GGUF tensor name -> (type name, uint8 (rows, bytes a row)) for tensors
     that are stored as blocks from here on. A step that changes the module's
-    parameters in place leaves it empty.
+    parameters in place leaves it empty. inputs: module name -> what rounds a linear layer's
+    inputs. cache: how keys and values are cached.
     """
 
     step: str
     packed: dict[str, tuple[str, NDArray[np.uint8]]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    inputs: dict[str, InputQuantizer] = field(default_factory=dict)
+    cache: KVScheme | None = None
 
 
 class Step(BaseModel):
@@ -55,6 +60,9 @@ def register(cls: S) -> S:
 
 def find(name: str) -> type[Step]:
     """The step of that name; raises `KeyError`. Importing here keeps the registry complete."""
+    import joulesmith.compress.quantize.input_step
+    import joulesmith.compress.quantize.kv_step
+    import joulesmith.compress.quantize.smooth_step
     import joulesmith.compress.quantize.step  # noqa: F401
 
     return REGISTRY[name]

@@ -26,6 +26,7 @@ PACKAGE = "xllamacpp"
 Pointer = C.c_void_p
 LogCallback = C.CFUNCTYPE(None, C.c_int, C.c_char_p, C.c_void_p)
 _LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
+FLASH_ATTENTION = 1  # LLAMA_FLASH_ATTN_TYPE_ENABLED
 
 # enum ggml_type, without the types that hold no weights
 GGML_TYPES: dict[str, int] = {

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from joulesmith.energy.memory import own_peak
-from joulesmith.engines.llama_abi import Batch, Library
+from joulesmith.engines.llama_abi import FLASH_ATTENTION, GGML_TYPES, Batch, Library
 from joulesmith.engines.reference import open_reference
 from joulesmith.errors import EngineError
 
@@ -28,11 +28,14 @@ Tokens = NDArray[np.int32]
 class Model:
     """An opened model with one context of ``context`` tokens on ``threads`` threads.
 
-    Flash attention and the key-value types stay at llama.cpp's defaults.
+    cache_type: of keys and values; other than the default F16, flash attention is asked for,
+    without which llama.cpp keeps no quantized values.
     Raises `EngineError` with llama.cpp's own words when it refuses the file.
     """
 
-    def __init__(self, library: Library, path: str, context: int, threads: int) -> None:
+    def __init__(
+        self, library: Library, path: str, context: int, threads: int, cache_type: str = "F16"
+    ) -> None:
         self._c = c = library.c
         self._library = library
         self._context: int | None = None
@@ -49,6 +52,9 @@ class Model:
         settings.n_ubatch = min(UBATCH, context)
         settings.n_threads = threads
         settings.n_threads_batch = threads
+        if cache_type != "F16":
+            settings.type_k = settings.type_v = GGML_TYPES[cache_type]
+            settings.flash_attn_type = FLASH_ATTENTION
         self._context = c.llama_init_from_model(self._model, settings)
         if not self._context:
             self.close()

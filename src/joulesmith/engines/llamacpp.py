@@ -23,6 +23,8 @@ from joulesmith.errors import EngineError
 
 _WORKER = "joulesmith.engines.llama_worker"
 Progress = Callable[[float], None]
+CACHE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
+"""Types in which llama.cpp keeps keys and values."""
 
 
 def available_threads() -> int:
@@ -99,23 +101,41 @@ class LlamaCpp:
             raise
         return worker
 
-    def load(self, path: Path, *, context: int = 1024, threads: int | None = None) -> LlamaSession:
+    def load(
+        self,
+        path: Path,
+        *,
+        context: int = 1024,
+        threads: int | None = None,
+        cache_type: str = "F16",
+    ) -> LlamaSession:
         """Load a GGUF file into a new worker process.
 
         context: tokens a request may have, prompt and continuation together.
-        threads: default `available_threads`. Raises `EngineError` when the file is
-        absent, refused, or crashes llama.cpp.
+        threads: default `available_threads`. cache_type: of keys and values, one of
+        `CACHE_TYPES`. Raises `EngineError` when the file is absent, refused, or crashes
+        llama.cpp, and for another cache type.
         """
         path = Path(path)
         if not path.is_file():
             raise EngineError(f"no such model file: {path}")
         if context < 1:
             raise EngineError(f"context must be at least 1 token, got {context}")
+        if cache_type not in CACHE_TYPES:
+            raise EngineError(
+                f"no key-value cache of type {cache_type}: llama.cpp has {', '.join(CACHE_TYPES)}"
+            )
         threads = _threads(threads)
         worker = self._start()
         try:
             about, _ = worker.ask(
-                {"op": "load", "path": str(path), "context": context, "threads": threads}
+                {
+                    "op": "load",
+                    "path": str(path),
+                    "context": context,
+                    "threads": threads,
+                    "cache_type": cache_type,
+                }
             )
         except EngineError as e:
             worker.close(kill=True)

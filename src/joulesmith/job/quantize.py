@@ -1,33 +1,58 @@
 """One type for all matrices, judged and written: `joulesmith quantize`.
 
-    model + text -> reference -> rounded matrices -> judged -> folder
+    model + text -> reference -> rounded matrices -> (ranges) -> judged -> folder
 
-No joules are measured and nothing is searched; `run` does both.
+Types that round inputs too (`SCHEMES`) smooth each block before it is rounded where they are
+integers, and are judged with rounded inputs. No joules are measured and nothing is searched;
+`run` does both.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from joulesmith.compress.quantize.activations import InputQuantizer, Scheme, quantized_inputs
+from joulesmith.compress.quantize.input_types import (
+    module_of,
+    row_type,
+    static_inputs,
+    too_wide,
+    words,
+)
+from joulesmith.compress.quantize.integers import IntGrid
 from joulesmith.errors import JoulesmithError
-from joulesmith.job.inputs import gather
-from joulesmith.progress import Progress
+from joulesmith.job.inputs import Inputs, gather
+from joulesmith.progress import Progress, Tick
 from joulesmith.quality import Quality, judge, write_reference
 from joulesmith.workspace import Workspace
 
 if TYPE_CHECKING:
     from joulesmith.architectures import TensorRef
-    from joulesmith.compress.quantize.integers import IntGrid
+    from joulesmith.compress.quantize.kv_cache import KVScheme
+    from joulesmith.compress.quantize.smooth_step import Smoothed
     from joulesmith.models import Model
+    from joulesmith.plan.candidates import Candidates
 
 STAGES = {"load": 5, "text": 40, "reference": 20, "round": 90, "judge": 25, "write": 3}
+_RANGES, _CACHE = 15, 25  # costs of the stages that not every type has
 _UNTOUCHED = "F16"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """bits: of a stored key or value, scales counted. quality: with weights, inputs and cache
+    quantized. scheme: in words."""
+
+    bits: float
+    quality: Quality
+    scheme: str
 
 
 @dataclass(frozen=True)
@@ -36,7 +61,10 @@ class Quantized:
 
     folder: of the model. bytes: of its weights. bits_per_weight: of the matrices that
     were quantized, scales and zeros counted. damage: layer name -> predicted KL, nats a
-    token. origin: of the weights that it is compared with.
+    token. origin: of the weights that it is compared with. inputs: what rounds the inputs of
+    the quantized layers, in words, None where nothing does. by_token: layers
+    of a static type that kept a scale by token. smoothing: sets of factors folded.
+    cache: what a quantized key-value cache costs on top, None where it was not asked for.
     """
 
     folder: str
@@ -46,6 +74,10 @@ class Quantized:
     quality: Quality
     damage: dict[str, float]
     origin: str
+    inputs: str | None = None
+    by_token: tuple[str, ...] = ()
+    smoothing: int = 0
+    cache: Cache | None = None
 
 
 def quantize(
@@ -56,24 +88,32 @@ def quantize(
     calib: str | None = None,
     evaluation: str | None = None,
     seed: int = 0,
+    kv_cache: int | None = None,
     progress: Progress | None = None,
 ) -> Quantized:
-    """Round every matrix of the blocks to ``kind`` ("INT4-G128") and write a folder.
+    """Round every matrix of the blocks to ``kind`` ("INT4-G128", "W8A8") and write a folder.
 
     The folder is compressed-tensors, which vLLM and `transformers` load; the working
     files lie beside it in ``out.work`` until it is complete, and a run that was
-    interrupted goes on there. Raises `JoulesmithError` for a type that engines cannot
-    load, an ``out`` that exists, or text that is missing.
+    interrupted goes on there. kv_cache: bits of a key-value cache to judge as well, 8 or 4;
+    a cache is the engine's to make, and nothing of it is in the folder. Raises
+    `JoulesmithError` for a type that engines cannot load, an ``out`` that exists, or text
+    that is missing.
     """
+    from joulesmith.compress.quantize.input_types import SCHEMES
+    from joulesmith.compress.quantize.kv_cache import DEFAULTS
     from joulesmith.export.compressed_tensors import loadable
     from joulesmith.models import load
 
-    g = loadable(kind)
-    if g is None:
+    scheme = SCHEMES.get(kind)
+    g = None if scheme is not None else loadable(kind)
+    if scheme is None and not isinstance(g, IntGrid):
         raise JoulesmithError(
             f"--type {kind}: give integers of 4 or 8 bits by group, such as INT4-G128, "
-            "INT4-G64-ZP or INT8-G128"
+            f"INT4-G64-ZP or INT8-G128, or {', '.join(SCHEMES)}"
         )
+    if kv_cache is not None and kv_cache not in DEFAULTS:
+        raise JoulesmithError(f"--kv-cache {kv_cache}: give 8 or 4 bits")
     for path in (calib, evaluation):
         if path is not None and not path.startswith("hf:") and not Path(path).is_file():
             raise JoulesmithError(f"no such text file: {path}")
@@ -88,62 +128,181 @@ def quantize(
     with show.stage("load"):
         loaded = load(model)
         inside = [r for r in loaded.matrices() if r.layer is not None]
-        for ref in inside:
-            g.row_bytes(ref.shape[1])  # told before any work is done
+        if g is not None:
+            for ref in inside:
+                g.row_bytes(ref.shape[1])  # told before any work is done
+        if kv_cache is not None:
+            from joulesmith.compress.quantize.kv_layers import PackedCache
+
+            PackedCache(loaded.module.config, DEFAULTS[kv_cache])
     whole = out.resolve()  # "." has no name
     beside = whole.with_name(whole.name + ".work")
+    plan = _Plan(kind, scheme, None if kv_cache is None else DEFAULTS[kv_cache], seed)
     with Workspace(beside, arguments) as workspace:
-        found = _run(loaded, inside, g, out, workspace, calib, evaluation, seed, show)
+        with show.stage("text") as tick:
+            inputs = gather(loaded, calib, evaluation, workspace.work, seed, 1.0, tick)
+        found = _run(loaded, inside, plan, inputs, out, workspace, show)
     shutil.rmtree(beside, ignore_errors=True)
     return found
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What was asked for."""
+
+    kind: str
+    scheme: Scheme | None
+    cache: KVScheme | None
+    seed: int
+
+    def type_of(self, ref: TensorRef) -> str:
+        """The grid of a matrix inside a block."""
+        return self.kind if self.scheme is None else row_type(self.scheme, ref.shape[1])
 
 
 def _run(
     model: Model,
     inside: Sequence[TensorRef],
-    g: IntGrid,
+    plan: _Plan,
+    inputs: Inputs,
     out: Path,
     workspace: Workspace,
-    calib: str | None,
-    evaluation: str | None,
-    seed: int,
     show: Progress,
 ) -> Quantized:
+    from joulesmith.compress.quantize.grids import grid
     from joulesmith.engines.torch_engine import TorchSession
     from joulesmith.export.compressed_tensors import write_compressed
     from joulesmith.models import set_gguf_weight
     from joulesmith.plan import candidates
 
-    with show.stage("text") as tick:
-        inputs = gather(model, calib, evaluation, workspace.work, seed, 1.0, tick)
     with show.stage("reference") as tick, TorchSession(model.module) as session:
         reference = write_reference(
             session, inputs.final, workspace.work / "final.npy", inputs.evaluation_text, tick
         )
-
-    def types(ref: TensorRef) -> list[str]:
-        return [_UNTOUCHED if ref.layer is None else g.name]
-
     with show.stage("round") as tick:
-        store = candidates.make(
-            model, inputs.calibration, types, workspace.work / "packed", seed=seed, progress=tick
-        )
-    with show.stage("judge") as tick:
-        packed = {r.name: (g.name, store.packed(r.name, g.name)) for r in inside}
-        for ref in inside:
-            back = torch.from_numpy(g.unpack(packed[ref.name][1], ref.shape[1]))
-            set_gguf_weight(model, ref.name, back)
-        with TorchSession(model.module) as session:
-            scores = session.score(inputs.final, reference.path, tick)
-        quality = judge(scores, reference)
+        if plan.scheme is None:
+            store = candidates.make(
+                model,
+                inputs.calibration,
+                lambda ref: [_UNTOUCHED if ref.layer is None else plan.kind],
+                workspace.work / "packed",
+                seed=plan.seed,
+                progress=tick,
+            )
+            smoothed: dict[int, Smoothed] = {}
+        else:
+            store, smoothed = _round_rows(model, plan.scheme, inputs, workspace, plan.seed, tick)
+    kinds = {r.name: plan.type_of(r) for r in inside}
+    packed = {r.name: (kinds[r.name], store.packed(r.name, kinds[r.name])) for r in inside}
+    for ref in inside:
+        name, raw = packed[ref.name]
+        back = grid(name).unpack(raw, ref.shape[1])
+        set_gguf_weight(model, ref.name, torch.from_numpy(back))
+    rounded = _inputs(model, inside, plan.scheme, smoothed, inputs, show)
+    cached: Cache | None = None
+    with ExitStack() as stack:
+        stack.enter_context(quantized_inputs(model.module, rounded))
+
+        def judged(tick: Tick) -> Quality:
+            with TorchSession(model.module) as session:
+                return judge(session.score(inputs.final, reference.path, tick), reference)
+
+        with show.stage("judge") as tick:
+            quality = judged(tick)
+        if plan.cache is not None:
+            from joulesmith.compress.quantize.kv_layers import packed_cache
+
+            show.expected.setdefault("cache", _CACHE)
+            with show.stage("cache") as tick, packed_cache(model.module, plan.cache):
+                cached = Cache(plan.cache.bits_per_value, judged(tick), str(plan.cache))
     with show.stage("write"):
-        size = write_compressed(model, packed, out)
+        by_name = {r.name: rounded[module_of(r)] for r in inside} if rounded else None
+        size = write_compressed(model, packed, out, inputs=by_name)
+    weights = sum(r.shape[0] * r.shape[1] for r in inside)
+    stored = sum(grid(kinds[r.name]).bits_per_weight * r.shape[0] * r.shape[1] for r in inside)
+    static = plan.scheme is not None and not plan.scheme.dynamic
+    by_token = tuple(r.name for r in inside if static and rounded[module_of(r)].scheme.dynamic)
     return Quantized(
         folder=str(out),
-        type=g.name,
+        type=plan.kind,
         bytes=size,
-        bits_per_weight=g.bits_per_weight,
+        bits_per_weight=stored / weights,
         quality=quality,
-        damage={r.name: store.damage[r.name][g.name] for r in inside},
+        damage={r.name: store.damage[r.name][kinds[r.name]] for r in inside},
         origin=model.origin,
+        inputs=None if plan.scheme is None else words(plan.scheme, len(by_token)),
+        by_token=by_token,
+        smoothing=sum(len(s.scales) for s in smoothed.values()),
+        cache=cached,
     )
+
+
+def _round_rows(
+    model: Model, scheme: Scheme, inputs: Inputs, workspace: Workspace, seed: int, tick: Tick
+) -> tuple[Candidates, dict[int, Smoothed]]:
+    """Smooth and round, going on where an interrupted run stopped.
+
+    What smoothing did to a block is kept before its matrices are, so that a block that is
+    done is folded with the same factors again.
+    """
+    from joulesmith.compress.quantize.row_walk import walk_rows
+    from joulesmith.compress.quantize.smooth_step import read_smoothed, write_smoothed
+    from joulesmith.plan.candidates import Candidates
+
+    folder = workspace.work / "packed"
+    folder.mkdir(parents=True, exist_ok=True)
+    store = Candidates(folder)
+    done: dict[int, Smoothed] = {}
+
+    def known(index: int) -> Smoothed | None:
+        found = read_smoothed(folder / f"smooth-{index}.npz")
+        if found is not None:
+            done[index] = found
+        return found
+
+    def keep(index: int, found: Smoothed) -> None:
+        write_smoothed(found, folder / f"smooth-{index}.npz")
+        done[index] = found
+
+    walk_rows(
+        model,
+        inputs.calibration,
+        scheme,
+        store.keep,
+        smooth=scheme.kind == "int8",
+        keep=keep,
+        known=known,
+        skip=store.has,
+        seed=seed,
+        scratch=folder,
+        progress=tick,
+    )
+    return store, done
+
+
+def _inputs(
+    model: Model,
+    inside: Sequence[TensorRef],
+    scheme: Scheme | None,
+    smoothed: Mapping[int, Smoothed],
+    inputs: Inputs,
+    show: Progress,
+) -> dict[str, InputQuantizer]:
+    """Module name -> what rounds its inputs; empty for types that leave them alone."""
+    from joulesmith.compress.quantize.sites import folds_of
+
+    if scheme is None:
+        return {}
+    if scheme.dynamic:
+        return dict.fromkeys(map(module_of, inside), InputQuantizer(scheme))
+    wide = too_wide({f"{i}.{p}": e for i, s in smoothed.items() for p, e in s.excess.items()})
+    by_token = [
+        f"model.layers.{i}.{name}"
+        for i, block in enumerate(model.module.model.layers)
+        for fold in folds_of(block, model.module.config)
+        for name in fold.consumers
+        if f"{i}.{fold.producer}" in wide
+    ]
+    show.expected.setdefault("ranges", _RANGES)
+    with show.stage("ranges") as tick:
+        return static_inputs(model, inputs.calibration, scheme, by_token, progress=tick)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from joulesmith.inspection import DecodeCost, Inspection
     from joulesmith.job.quantize import Quantized
     from joulesmith.measure import Measurement
+    from joulesmith.quality import Quality
 
 
 def render_measurement(m: Measurement, console: Console) -> None:
@@ -132,15 +133,27 @@ def render_quantized(found: Quantized, console: Console, worst: int = 5) -> None
     """What a quantized model keeps, and which matrices were damaged most."""
     from rich.text import Text
 
+    def kept(q: Quality) -> str:
+        return (
+            f"kept {q.kept:.4f} of the quality (at least {q.kept_low:.4f}), KL {q.kl:.4f} nats, "
+            f"top-1 {q.top1:.1%}, perplexity {q.perplexity:.2f} ({q.reference_perplexity:.2f} "
+            "before)"
+        )
+
     q = found.quality
     lines = [
         f"{found.folder}: {size(found.bytes)}, {found.type}, {found.bits_per_weight:.3f} bits per "
         "weight in the blocks, the rest float16",
-        f"kept {q.kept:.4f} of the quality (at least {q.kept_low:.4f}), KL {q.kl:.4f} nats, "
-        f"top-1 {q.top1:.1%}, perplexity {q.perplexity:.2f} ({q.reference_perplexity:.2f} before)",
+        kept(q),
         f"judged on {q.tokens} tokens of {q.text}, against {found.origin}",
         f"predicted damage {sum(found.damage.values()):.4f} nats, most of all:",
     ]
+    if found.inputs is not None:
+        smooth = f"; {found.smoothing} sets of inputs smoothed" if found.smoothing else ""
+        lines.insert(1, f"inputs: {found.inputs}{smooth}")
+    if found.cache is not None:
+        bits = f"{found.cache.bits:.2f} bits a key or value"
+        lines.insert(-1, f"with a key-value cache of {bits}: {kept(found.cache.quality)}")
     most = sorted(found.damage, key=lambda n: -found.damage[n])[:worst]
     lines += [f"  {found.damage[n]:.5f}  {n}" for n in most]
     for line in lines:

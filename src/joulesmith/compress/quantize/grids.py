@@ -392,10 +392,11 @@ def grid(name: str) -> Format:
 
     Raises `JoulesmithError` naming the known ones.
     """
-    from joulesmith.compress.quantize import floats, integers, kquants, legacy
+    from joulesmith.compress.quantize import floats, fp8, integers, kquants, legacy
 
-    if (found := integers.by_name(name) or floats.by_name(name)) is not None:
-        return found
+    own: Format | None = integers.by_name(name) or floats.by_name(name) or fp8.by_name(name)
+    if own is not None:
+        return own
 
     known: dict[str, Format] = {c.name: c for c in (F32(), F16(), BF16())}
     known |= legacy.GRIDS

@@ -1,0 +1,146 @@
+"""SmoothQuant: which factors move outliers of a layer's inputs into its weights.
+
+Xiao, Lin, Seznec, Wu, Demouth, Han, "SmoothQuant" (2022), equation 4:
+
+    s_j = max|X_j|^alpha / max|W_j|^(1 - alpha)        X' = X / s,  W' = W diag(s)
+
+The paper takes one alpha for the whole model. Here alpha is chosen for each set of layers
+that share an input, by the error that rounding both sides leaves in their outputs; "not at
+all" is among the choices. An output's error counts as the end loss depends on it there,
+by the squared gradients of the same tokens.
+
+Tensors in, tensors out. Knows no model; `fold` moves the factors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from joulesmith.compress.quantize.activations import InputQuantizer, Scheme, round_to, scale_of
+from joulesmith.errors import JoulesmithError
+
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+REACH = 1e3
+"""Factors stay within this of their geometric mean: norms are stored in float16."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer that reads the inputs: what is needed to judge a rounding of it.
+
+    weight: (rows, columns) float32. gradient: (tokens, rows), of the loss at the outputs;
+    None where all outputs of all tokens count alike.
+    """
+
+    weight: Tensor
+    gradient: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """alpha: chosen, None for no smoothing. scale: (channels,) to divide inputs by.
+
+    damage: predicted of rounding inputs and weights so; before: of rounding them
+    unsmoothed; by_token: of the chosen factors with a scale for each token. Nats a token
+    where gradients were given, else half the summed squared error a token.
+    """
+
+    alpha: float | None
+    scale: Tensor
+    damage: float
+    before: float
+    by_token: float
+
+
+def smooth_scale(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    """Equation 4: largest magnitudes (channels,) of inputs and of weights -> s (channels,).
+
+    Normalised to a geometric mean of 1 (a common factor changes no rounding) and kept within
+    `REACH` of it. Channels that are 0 on either side keep a factor of 1. Raises
+    `JoulesmithError` for an alpha outside 0..1.
+    """
+    if not 0 <= alpha <= 1:
+        raise JoulesmithError(f"alpha is between 0 and 1, not {alpha:g}")
+    alive = (inputs > 0) & (weights > 0)
+    log = alpha * inputs.double().log() - (1 - alpha) * weights.double().log()
+    log = torch.where(alive, log, torch.zeros_like(log))
+    mean = log[alive].mean() if bool(alive.any()) else 0.0
+    log = torch.where(alive, log - mean, torch.zeros_like(log))
+    bound = torch.tensor(REACH, dtype=torch.float64).log()
+    return log.clamp(-bound, bound).exp().float()
+
+
+def round_rows(weight: Tensor, scheme: Scheme) -> Tensor:
+    """(rows, columns) -> rounded to nearest with one symmetric scale a row: a stand-in for
+    the real rounding, good enough to compare factors."""
+    peak = weight.abs().amax(1, keepdim=True)
+    scale, _ = scale_of(-peak, peak, Scheme(scheme.kind))
+    return round_to(weight, scale, None, scheme.kind)
+
+
+def output_damage(
+    x: Tensor, layers: Sequence[Layer], scheme: Scheme, round_input: Callable[[Tensor], Tensor]
+) -> float:
+    """Half the summed squared error of the layers' outputs, a token, weighted by squared
+    gradients, when inputs x (tokens, columns) and weights are both rounded."""
+    rounded = round_input(x)
+    total = 0.0
+    for layer in layers:
+        # In one product: x W - x' W' = (x - x') W + x' (W - W')
+        off = (x - rounded) @ layer.weight.T
+        off.addmm_(rounded, (layer.weight - round_rows(layer.weight, scheme)).T)
+        if layer.gradient is not None:
+            off.mul_(layer.gradient)
+        total += float(off.square().sum())
+    return 0.5 * total / max(1, len(x))
+
+
+def static_by_peak(x: Tensor, scheme: Scheme) -> InputQuantizer:
+    """A static quantizer that covers all of x, for comparing factors."""
+    low, high = torch.aminmax(x)
+    scale, zero = scale_of(low, high, scheme)
+    return InputQuantizer(scheme, float(scale), None if zero is None else float(zero))
+
+
+def search(
+    x: Tensor,
+    layers: Sequence[Layer],
+    scheme: Scheme,
+    *,
+    channels: Callable[[Tensor], Tensor] = lambda peak: peak,
+    columns: Callable[[Tensor], Tensor] = lambda scale: scale,
+    alphas: Sequence[float] = ALPHAS,
+) -> Smoothing:
+    """The alpha of least `output_damage`, and its factors.
+
+    x: (tokens, columns) inputs. layers: all that read them. channels, columns: from
+    columns to producer channels and back (`Fold`'s methods of these names).
+    Raises `JoulesmithError` for inputs that are not finite.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise JoulesmithError("activations hold NaN or infinity: check the model and the text")
+
+    def damage(scale: Tensor | None, dynamic: bool = scheme.dynamic) -> float:
+        s = None if scale is None else columns(scale)
+        inputs = x if s is None else x / s
+        moved = [Layer(y.weight if s is None else y.weight * s, y.gradient) for y in layers]
+        used = Scheme(scheme.kind, dynamic, scheme.symmetric)
+        quantizer = InputQuantizer(used) if dynamic else static_by_peak(inputs, used)
+        return output_damage(inputs, moved, scheme, quantizer)
+
+    x_peak = channels(x.abs().amax(0))
+    w_peak = channels(torch.stack([y.weight.abs().amax(0) for y in layers]).amax(0))
+    before = damage(None)
+    best: tuple[float, float | None, Tensor] = (before, None, torch.ones_like(x_peak))
+    for alpha in alphas:
+        scale = smooth_scale(x_peak, w_peak, alpha)
+        found = damage(scale)
+        if found < best[0]:
+            best = (found, alpha, scale)
+    least, chosen, scale = best
+    by_token = least if scheme.dynamic else damage(scale, True)
+    return Smoothing(chosen, scale, least, before, by_token)
