@@ -274,7 +274,7 @@ def _calibrate(
         # Backward: last block first; its gradient at the input replaces its input.
         for i in reversed(range(depth)):
             sums = {
-                name: _Accumulator(*m.weight.shape, outputs)
+                name: _Accumulator(m.weight.shape[0], m.weight.shape[1], outputs)
                 for name, m in layers[i].named_modules()
                 if isinstance(m, torch.nn.Linear)
             }

@@ -55,7 +55,7 @@ def register(cls: S) -> S:
 
 def find(name: str) -> type[Step]:
     """The step of that name; raises `KeyError`. Importing here keeps the registry complete."""
-    import joulesmith.compress.lowrank.step  # noqa: F401
+    import joulesmith.compress.lowrank.step
     import joulesmith.compress.quantize.step  # noqa: F401
 
     return REGISTRY[name]

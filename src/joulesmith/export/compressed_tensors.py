@@ -45,8 +45,9 @@ def write_compressed(
     """
     from safetensors.torch import save_file
 
-    from joulesmith.models import write_tokenizer_of
+    from joulesmith.models import check_dense, write_tokenizer_of
 
+    check_dense(model)
     layers = {model.ref(name).parameter: _layer(model, name, *p) for name, p in packed.items()}
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.module.named_parameters():

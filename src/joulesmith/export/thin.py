@@ -56,7 +56,7 @@ def write_thin(model: Model, folder: str | os.PathLike[str]) -> int:
             "layers": layers,
         },
     }
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    size: int = sum(t.numel() * t.element_size() for t in tensors.values())
     with atomic_folder(folder, needed=size + (1 << 24)) as temp:
         try:
             save_file(tensors, temp / WEIGHTS, metadata={"format": "pt"})
@@ -78,7 +78,7 @@ def load_thin(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.floa
     from safetensors import SafetensorError, safe_open
 
     from joulesmith import models
-    from joulesmith.architectures import check_config, hyperparameters, rope_factors
+    from joulesmith.architectures import GGUF_NAME, check_config, hyperparameters, rope_factors
     from joulesmith.vocab_folder import tokenizer_of_folder
     from joulesmith.weights import build
 
@@ -100,7 +100,7 @@ def load_thin(folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.floa
         name,
         module,
         tokenizer,
-        models.GGUF_NAME[config.model_type],
+        GGUF_NAME[config.model_type],
         sum(p.numel() for p in module.parameters()),
         f"{name}, low rank, from the folder {at}",
         at,

@@ -65,4 +65,5 @@ def refit_left(
     normal = b @ c @ b.T
     wanted = t @ d @ b.T
     # normal may be singular where B has dependent rows: the least-norm solution then
-    return torch.linalg.lstsq(normal, wanted.T, driver="gelsd").solution.T
+    solution: Tensor = torch.linalg.lstsq(normal, wanted.T, driver="gelsd").solution
+    return solution.T

@@ -82,7 +82,7 @@ def replace_refitted(
             progress((i + 1) / len(inner.layers))
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """Ends a block's forward pass at the layer whose input is wanted."""
 
 
@@ -92,12 +92,12 @@ def _input(block: nn.Module, name: str, hidden: Tensor, calls: Mapping[int, Any]
 
     def catch(_: nn.Module, args: tuple[Any, ...]) -> None:
         caught.append(args[0].detach())
-        raise _Reached
+        raise _ReachedError
 
     handle = block.get_submodule(name).register_forward_pre_hook(catch)
     try:
         block(hidden, **calls[hidden.shape[0]])
-    except _Reached:
+    except _ReachedError:
         pass
     finally:
         handle.remove()

@@ -134,4 +134,5 @@ def truncate(w: Tensor, rank: int, *, seed: int = 0) -> Truncated:
 
 
 def _basis(y: Tensor) -> Tensor:
-    return torch.linalg.qr(y)[0]
+    q: Tensor = torch.linalg.qr(y)[0]
+    return q

@@ -72,7 +72,8 @@ def root(moment: Tensor, *, ridge: float = RIDGE) -> Tensor:
         damped.diagonal().add_(ridge * mean)
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
-            return lower
+            found: Tensor = lower
+            return found
         ridge *= 10
     raise JoulesmithError("a moment matrix is far from positive semidefinite")
 
