@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from joulesmith.compress.lowrank import svd
 from joulesmith.compress.lowrank.factors import pivot, plain, stored
 from joulesmith.compress.lowrank.ranks import Curve, choose_ranks, total
-from joulesmith.compress.lowrank.refit import Cross, refit_left
+from joulesmith.compress.lowrank.refit import Cross, refit
 from joulesmith.compress.lowrank.residual import absorb
 from joulesmith.compress.lowrank.weighted import decompose, output_root, root
 from joulesmith.compress.quantize.gptq import gptq
@@ -297,28 +297,48 @@ def test_ranks_that_cannot_be_are_refused() -> None:
 # ------------------------------------------------------------------- refit
 
 
-def test_refit_is_least_squares_on_the_new_inputs() -> None:
-    w, x = normal(0, 6, 8), normal(1, 300, 8)
+@pytest.mark.parametrize("mix", [0.0, 0.5, 1.0])
+def test_refit_is_the_best_of_its_rank_on_the_new_inputs(mix: float) -> None:
+    """Against alternating least squares on the samples themselves."""
+    w, x, g = normal(0, 6, 8), normal(1, 300, 8), moment(2, 6)
     y = x + 0.3 * normal(2, 300, 8)  # the inputs as they are by now
-    _, b = decompose(w, root(x.T @ x / 300)).cut(3)
     sums = Cross(8)
     for part in (slice(0, 100), slice(100, 300)):
         sums.add(x[part], y[part])
-    a = refit_left(w, b, sums.gram / sums.tokens, sums.cross / sums.tokens, ridge=0)
-    expected = torch.linalg.lstsq(y @ b.T, x @ w.T).solution.T
-    assert torch.allclose(a, expected, atol=1e-8)
+    gram, cross = sums.gram / sums.tokens, sums.cross / sums.tokens
+    a, b = refit(w, gram, cross, root(g), mix=mix, ridge=0).cut(3)
+    wanted = (mix * x + (1 - mix) * y) @ w.T
+
+    def loss(a: torch.Tensor, b: torch.Tensor) -> float:
+        miss = wanted - y @ b.T @ a.T
+        return float(torch.trace(g @ miss.T @ miss))
+
+    best = math.inf
+    for start in range(5):
+        right = normal(20 + start, 3, 8)
+        for _ in range(300):
+            left = torch.linalg.lstsq(y @ right.T, wanted).solution.T
+            whole = torch.linalg.lstsq(y, wanted).solution.T
+            right = torch.linalg.solve(left.T @ g @ left, left.T @ g @ whole)
+        best = min(best, loss(left, right))
+    assert loss(a, b) == pytest.approx(best, rel=1e-3)
+    assert loss(a, b) <= best * (1 + 1e-5)
 
 
-def test_refit_without_inputs_keeps_the_weights() -> None:
-    w = normal(3, 5, 5)
-    zero = torch.zeros(5, 5, dtype=torch.float64)
-    eye = torch.eye(5, dtype=torch.float64)
-    assert torch.allclose(refit_left(w, eye, zero, zero), w)
-    dependent = torch.cat([eye[:1], eye[:1]])
-    a = refit_left(w, dependent, moment(1, 5), moment(1, 5))
-    assert bool(torch.isfinite(a).all()) and float(a.norm()) < 1e3
+def test_refit_without_news_is_the_first_cut() -> None:
+    w, h, g = normal(3, 5, 6), moment(4, 6), moment(5, 5)
+    again, first = refit(w, h, h, root(g), ridge=1e-9), decompose(w, root(h), root(g))
+    assert torch.allclose(again.energy, first.energy, rtol=1e-5, atol=1e-9)
+    zero = torch.zeros(6, 6, dtype=torch.float64)
+    a, b = refit(w, zero, zero).cut(5)
+    assert torch.allclose(a @ b, w)
+    rare = moment(6, 6, samples=2)  # a singular Hessian
+    found = refit(w, rare, rare, ridge=0)
+    assert torch.allclose(found.left @ found.right, w, atol=1e-2)
     with pytest.raises(JoulesmithError, match="do not belong"):
-        refit_left(w, eye, zero[:2], zero)
+        refit(w, zero[:2], zero)
+    with pytest.raises(JoulesmithError, match="mix"):
+        refit(w, h, h, mix=2)
 
 
 # ------------------------------------------------------------------- residual

@@ -14,7 +14,7 @@ from joulesmith.compress.lowrank.thin import ThinLinear, merge
 from joulesmith.compress.lowrank.walk import factorable, survey
 from joulesmith.compress.recipe import Recipe, read_recipe
 from joulesmith.errors import JoulesmithError
-from tests.tiny import write_tiny
+from tiny import write_tiny
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Cut a model's layers in the order in which text passes them, refitting as inputs change.
+"""Cut a model's layers in the order in which text passes them, fitted as inputs change.
 
 Two streams of hidden states go through the blocks, those of the dense model and those of
 the model as it is by now; they wait on disk between blocks. In memory there are one block
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from joulesmith.calibrate import _enter, _first
 from joulesmith.compress.lowrank.factors import pivot, plain
-from joulesmith.compress.lowrank.refit import Cross, refit_left
+from joulesmith.compress.lowrank.refit import Cross, refit
 from joulesmith.compress.lowrank.thin import place
 from joulesmith.progress import Tick, silent
 
@@ -71,10 +71,10 @@ def replace_refitted(
                 gram, cross = sums.gram / sums.tokens, sums.cross / sums.tokens
                 for name in group:
                     whole = own + name
-                    _, right = found.spectrum(whole).cut(ranks[whole])
-                    left = refit_left(before.get_submodule(name).weight, right, gram, cross)
+                    weight = before.get_submodule(name).weight
+                    cut = refit(weight, gram, cross, found.outputs(whole)).cut(ranks[whole])
                     form = pivot if pivoted and kept[whole] else plain
-                    place(layer, name, form(left, right), keep=kept[whole])
+                    place(layer, name, form(*cut), keep=kept[whole])
             for b in range(len(starts)):
                 for stream, block in (("dense", before), ("thin", layer)):
                     x = streams.get(stream, b)

@@ -31,7 +31,7 @@ class LowRank(Step):
     metric: see `walk.Metric`. pivoted: count and keep factors in the form with fewest
     numbers. kept: True keeps them as two thin layers, False merges them back into one dense
     matrix, a list names those that are kept (what was measured to cost fewer joules).
-    refit: fit each outer factor once more to the inputs that its layer has by then.
+    refit: cut each layer anew for the inputs that it has by then.
     """
 
     name: ClassVar[str] = "lowrank"

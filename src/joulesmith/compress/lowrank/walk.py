@@ -56,6 +56,13 @@ class Survey:
         )
         return Spectrum(left, right, torch.from_numpy(self.curves[name].energy))
 
+    def outputs(self, name: str) -> torch.Tensor | None:
+        """Root of the layer's output moment, as `decompose` takes it; None without."""
+        path = self.folder / f"{list(self.curves).index(name)}.outputs.npy"
+        if not path.is_file():
+            return None
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+
 
 def factorable(model: Model) -> dict[str, tuple[int, int]]:
     """Module name -> (rows, columns) of the linear layers inside the model's blocks."""
@@ -81,12 +88,12 @@ def survey(
     """Decompose every linear layer of the blocks; the model is not changed.
 
     windows: int32 (n, length) of calibration tokens. scratch: an existing folder with
-    space for about 1.6 times the float32 weights. seed: of the labels that are drawn for
+    space for two to three times the float32 weights. seed: of the labels that are drawn for
     the Fisher information. Raises `JoulesmithError` for unknown structures, activations
     that are not finite, and a full disk.
     """
     shapes = factorable(model)
-    needed = 4 * sum(min(s) * (s[0] + s[1]) for s in shapes.values())
+    needed = 4 * sum(min(s) * (s[0] + s[1]) + s[0] ** 2 for s in shapes.values())
     check_space(scratch, needed)
     order = {name: i for i, name in enumerate(shapes)}
     energy: dict[str, NDArray[np.float64]] = {}
@@ -96,10 +103,13 @@ def survey(
             name = next((n for n in shapes if n.endswith(f".{index}.{inner}")), None)
             if name is None:
                 continue
-            found = decompose(model.module.get_submodule(name).weight, *_roots(m, metric))
+            inputs, outputs = _roots(m, metric)
+            found = decompose(model.module.get_submodule(name).weight, inputs, outputs)
             energy[name] = found.energy.numpy()
             for part, t in (("left", found.left), ("right", found.right)):
                 write_array(scratch / f"{order[name]}.{part}.npy", t)
+            if outputs is not None:
+                write_array(scratch / f"{order[name]}.outputs.npy", outputs)
 
     calibrate(
         model.module,
