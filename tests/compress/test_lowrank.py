@@ -249,9 +249,7 @@ def test_a_smooth_problem_is_solved_to_a_fraction_of_a_percent() -> None:
     damage = sum(found[n].damage()[r] for n, r in ranks.items())
     # weak duality: no choice at all is below this for any multiplier
     bound = max(
-        sum(
-            min(found[n].damage()[r] + x * min(128 * r, 4096) for r in range(1, 65)) for n in found
-        )
+        sum(min(found[n].damage()[r] + x * min(128 * r, 4096) for r in range(1, 65)) for n in found)
         - x * budget
         for x in np.geomspace(1e-6, 1e-1, 400)
     )

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import write_tiny
 
 from joulesmith import models
 from joulesmith.errors import JoulesmithError
 from joulesmith.export.lora import Pair, read_peft, write_gguf_lora, write_peft
 from joulesmith.gguf_file import read_gguf
+from tiny import write_tiny
 
 Q, UP = "blk.0.attn_q.weight", "blk.1.ffn_up.weight"
 

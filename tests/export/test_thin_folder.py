@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import write_tiny
 
 from joulesmith import models
 from joulesmith.compress.lowrank.factors import pivot, plain
@@ -17,6 +16,7 @@ from joulesmith.compress.lowrank.thin import ThinLinear, place
 from joulesmith.compress.lowrank.weighted import decompose
 from joulesmith.errors import JoulesmithError
 from joulesmith.export.thin import WEIGHTS, load_thin, write_thin
+from tiny import write_tiny
 
 IDS = torch.arange(40).reshape(2, 20)
 PIVOTED, PLAIN, DENSE = (f"model.layers.0.mlp.{n}_proj" for n in ("up", "gate", "down"))

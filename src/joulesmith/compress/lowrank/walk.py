@@ -103,7 +103,7 @@ def survey(
             name = next((n for n in shapes if n.endswith(f".{index}.{inner}")), None)
             if name is None:
                 continue
-            inputs, outputs = _roots(m, metric)
+            inputs, outputs = roots(m, metric)
             found = decompose(model.module.get_submodule(name).weight, inputs, outputs)
             energy[name] = found.energy.numpy()
             for part, t in (("left", found.left), ("right", found.right)):
@@ -126,7 +126,8 @@ def survey(
     return Survey({n: Curve(*shapes[n], energy[n]) for n in shapes}, scratch)
 
 
-def _roots(m: Moments, metric: Metric) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def roots(m: Moments, metric: Metric) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Roots of a layer's input and output moments, as `decompose` takes them."""
     if metric == "none":
         return None, None
     inputs = root(m.hessian, ridge=RIDGE["inputs"])
