@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from joulesmith import models
+from joulesmith.calibrate import Moments, calibrate
 from joulesmith.compress.lowrank.absorb import absorb_model
 from joulesmith.compress.lowrank.step import LowRank
 from joulesmith.compress.lowrank.thin import ThinLinear, merge
@@ -144,6 +145,19 @@ def test_the_survey_predicts_and_changes_nothing(model: models.Model, tmp_path: 
         model.module.get_submodule(name).weight.copy_(a @ b)
     true = kl(before, logits(model))
     assert 0.3 < 0.5 * s.damage(rank) / true < 3
+
+
+def test_output_moments_are_those_of_the_gradients(model: models.Model) -> None:
+    seen: list[Moments] = []
+    calibrate(model.module, WINDOWS, lambda _, m: seen.extend(m.values()), outputs=True)
+    for m in seen:
+        assert m.outputs is not None and m.sample is not None and m.sample.g is not None
+        assert torch.allclose(m.outputs.diagonal(), m.fisher, rtol=1e-4)
+        assert torch.equal(m.outputs, m.outputs.T)
+        # all windows are in the sample of so small a text
+        expected = m.sample.g.flatten(0, -2).double()
+        expected = expected.T @ expected / len(expected)
+        assert torch.allclose(m.outputs.double(), expected, atol=0.02 * float(expected.max()))
 
 
 def test_same_settings_same_weights_and_recipes(folder: Path, tmp_path: Path) -> None:
