@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from joulesmith.calibrate import Moments, calibrate
 from joulesmith.compress.lowrank.residual import Residual, absorb
 from joulesmith.compress.lowrank.walk import Metric, factorable, roots
-from joulesmith.compress.quantize.grids import grid
+from joulesmith.compress.quantize.gptq import Curvature
+from joulesmith.compress.quantize.grids import Bytes, Format, grid
 from joulesmith.compress.quantize.rounding import round_weight, shared_curvature
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Tick, silent
@@ -67,7 +69,7 @@ def absorb_model(
             inputs, outputs = roots(m, metric)
             found = absorb(
                 model.module.get_submodule(name).weight,
-                lambda w, kind=kind, curve=curve: round_weight(w, curve, kind, effort=effort),
+                partial(_rounded, curve=curve, kind=kind, effort=effort),
                 kind,
                 ranks(ref),
                 inputs=inputs,
@@ -85,3 +87,7 @@ def absorb_model(
         model.module, windows, visit, seed=seed, outputs=metric == "fisher", progress=progress
     )
     return out
+
+
+def _rounded(w: torch.Tensor, curve: Curvature | None, kind: Format, effort: str) -> Bytes:
+    return round_weight(w, curve, kind, effort=effort)
