@@ -41,6 +41,7 @@ class Moments:
     squares: (columns,) E[x^2], unweighted: llama.cpp's importance matrix
     fisher:  (rows,) E[g^2] of the output gradients, float32
     sample:  some tokens as they came, for what second moments cannot tell
+    outputs: (rows, rows) E[g g^T], float32, where it was asked for; None elsewhere
     """
 
     hessian: torch.Tensor
@@ -48,6 +49,7 @@ class Moments:
     fisher: torch.Tensor
     tokens: int
     sample: Sample | None = None
+    outputs: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,10 @@ SAMPLE = 2048
 class _Accumulator:
     """Streams one linear layer's inputs and output gradients into moments."""
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, rows: int, columns: int, outputs: bool = False) -> None:
         import torch
 
+        self.outputs = torch.zeros(rows, rows) if outputs else None
         self.squares = torch.zeros(columns)
         self.weighted = torch.zeros(columns, columns)
         self.fisher = torch.zeros(rows)
@@ -107,6 +110,8 @@ class _Accumulator:
         s = g2.mean(dim=1)
         # Gradients have heavy tails: without the 1, a few tokens are most of the sum.
         self.fold(x, s / s.mean().clamp_min(1e-30) + 1, g2.sum(dim=0))
+        if self.outputs is not None:
+            self.outputs.addmm_(g.T, g)
 
     def fold(self, x: torch.Tensor, s: torch.Tensor, fisher: torch.Tensor) -> None:
         """x (tokens, columns), s (tokens,) their weights, fisher (rows,) sums to add."""
@@ -145,6 +150,7 @@ class _Accumulator:
             self.fisher / n,
             self.tokens,
             self.sample(),
+            None if self.outputs is None else self.outputs / n,
         )
 
 
@@ -156,6 +162,7 @@ def calibrate(
     batch: int = 4,
     seed: int = 0,
     scratch: Path | None = None,
+    outputs: bool = False,
     progress: Tick = silent,
 ) -> HeadMoments:
     """Stream moments of every linear layer in every decoder block to ``visit``.
@@ -164,6 +171,7 @@ def calibrate(
              and ``lm_head`` (Llama and its relatives), float32
     windows: int32 (n, length)
     scratch: folder for the blocks' inputs, (n x length x hidden) float32 a block
+    outputs: whether `Moments.outputs` are wanted
 
     Matrix products may run in bfloat16 with float32 sums where the processor is faster
     at it: moments are averages over thousands of tokens, whose own noise is far larger.
@@ -183,7 +191,7 @@ def calibrate(
 
     torch.set_float32_matmul_precision("medium")
     try:
-        return _calibrate(module, windows, exactly, batch, seed, scratch, progress)
+        return _calibrate(module, windows, exactly, batch, seed, scratch, outputs, progress)
     finally:
         torch.set_float32_matmul_precision(precision)
 
@@ -195,6 +203,7 @@ def _calibrate(
     batch: int,
     seed: int,
     scratch: Path | None,
+    outputs: bool,
     progress: Tick,
 ) -> HeadMoments:
     import torch
@@ -265,7 +274,7 @@ def _calibrate(
         # Backward: last block first; its gradient at the input replaces its input.
         for i in reversed(range(depth)):
             sums = {
-                name: _Accumulator(*m.weight.shape)
+                name: _Accumulator(m.weight.shape[0], m.weight.shape[1], outputs)
                 for name, m in layers[i].named_modules()
                 if isinstance(m, torch.nn.Linear)
             }

@@ -39,6 +39,7 @@ __all__ = [
     "Model",
     "Source",
     "TensorRef",
+    "check_dense",
     "gguf_view",
     "gguf_weight",
     "load",
@@ -213,6 +214,7 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
     The folder must be absent or empty. Raises `JoulesmithError` when it is not, or
     when the disk is full.
     """
+    check_dense(model)
     n_bytes = sum(p.numel() * p.element_size() for p in model.module.parameters())
     with atomic_folder(folder, needed=n_bytes + (1 << 24)) as temp:
         # Safetensors reports a full disk as its own error, without the number.
@@ -223,6 +225,16 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
                 raise JoulesmithError(f"cannot write weights: {folder}: {e}") from e
             raise
         write_tokenizer_of(model, temp)
+
+
+def check_dense(model: Model) -> None:
+    """Raises `JoulesmithError` where layers are kept as low-rank factors: engines know none."""
+    thin = next((n for n, m in model.module.named_modules() if getattr(m, "factored", False)), None)
+    if thin is not None:
+        raise JoulesmithError(
+            f"{thin} is kept as low-rank factors, which this format cannot hold: merge them "
+            "(lowrank.thin.merge) or write the model with export.thin.write_thin"
+        )
 
 
 def write_tokenizer_of(model: Model, folder: Path) -> None:

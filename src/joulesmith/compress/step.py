@@ -60,6 +60,8 @@ def register(cls: S) -> S:
 
 def find(name: str) -> type[Step]:
     """The step of that name; raises `KeyError`. Importing here keeps the registry complete."""
+    import joulesmith.compress.lowrank.step
+    import joulesmith.compress.quantize.fold_steps
     import joulesmith.compress.quantize.input_step
     import joulesmith.compress.quantize.kv_step
     import joulesmith.compress.quantize.smooth_step

@@ -53,8 +53,9 @@ def write_compressed(
     """
     from safetensors.torch import save_file
 
-    from joulesmith.models import write_tokenizer_of
+    from joulesmith.models import check_dense, write_tokenizer_of
 
+    check_dense(model)
     rounded = inputs or {}
     if stray := sorted(set(rounded) - set(packed)):
         raise JoulesmithError(f"{stray[0]} has rounded inputs but no packed weights")
