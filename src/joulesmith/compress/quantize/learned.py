@@ -14,7 +14,7 @@ give what the float model gives, so that it makes up for their errors as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 STEPS = 200
 BATCH = 8
 """Windows a step; steps and batch are the paper's."""
+JUDGED = 32
+"""Windows that say which parameters are best; ten times in a block."""
 SCALE_SHARE = 0.1
 """Factors of scales move by this share of the offsets' step: they start at a searched optimum."""
 _INSIDE = 0.98
@@ -42,9 +44,18 @@ _INSIDE = 0.98
 
 
 @dataclass(frozen=True)
+class Block:
+    """One block's matrices, and the mean relative squared error of its output on some of the
+    calibration windows before and after."""
+
+    packed: dict[str, tuple[str, Bytes]]
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Learned:
-    """packed: as given, with other codes and scales. errors: block -> mean relative squared
-    error of its output before and after, on the calibration windows."""
+    """packed: as given, with other codes and scales. errors: block -> as `Block` has them."""
 
     packed: dict[str, tuple[str, Bytes]]
     errors: dict[int, tuple[float, float]]
@@ -58,20 +69,24 @@ def learn(
     steps: int = STEPS,
     batch: int = BATCH,
     seed: int = 0,
+    keep: Callable[[int, Block], None] = lambda index, block: None,
+    known: Callable[[int], Block | None] = lambda index: None,
     progress: Tick = silent,
 ) -> Learned:
     """Better codes and scales for matrices of decoder blocks that are already rounded.
 
     model: the float model; each matrix becomes what ``packed`` has of it in the end.
     packed: GGUF name -> (type, packed rows); steps of groups move only where the type stores
-    them freely. windows: (n, length) tokens. The same seed gives the same bytes.
+    them freely. windows: (n, length) tokens. keep, known: put by and give back what was found
+    for a block, so that an interrupted run goes on. The same seed gives the same bytes.
     Raises `JoulesmithError` without windows, and where outputs are not finite.
     """
     if not len(windows):
         raise JoulesmithError("learned rounding needs calibration text")
+    from joulesmith.models import set_gguf_weight
+
     inner = model.module.model
     tokens = torch.from_numpy(np.ascontiguousarray(windows)).long()
-    generator = torch.Generator().manual_seed(seed)
     wanted = [p.requires_grad for p in model.module.parameters()]
     for p in model.module.parameters():
         p.requires_grad_(False)
@@ -94,10 +109,19 @@ def learn(
                 progress((before + share) / depth)
 
             rounded = {n: packed[n] for n in names}
-            better, errors[i] = _learn_block(
-                model, rounded, i, given, target, kwargs, steps, batch, generator, tick
-            )
-            out.update(better)
+            found = known(i)
+            if found is None:
+                # A seed for each block: a run that goes on draws what it would have drawn.
+                generator = torch.Generator().manual_seed(seed * 100_003 + i)
+                found = _learn_block(
+                    model, rounded, i, given, target, kwargs, steps, batch, generator, tick
+                )
+                keep(i, found)
+            for name, (kind, raw) in {**rounded, **found.packed}.items():
+                back = grid(kind).unpack(raw, model.ref(name).shape[1])
+                set_gguf_weight(model, name, torch.as_tensor(back))
+            out.update(found.packed)
+            errors[i] = found.before, found.after
             given, exact = _through(block, given, kwargs), target
             tick(1.0)
     finally:
@@ -117,8 +141,8 @@ def _learn_block(
     batch: int,
     generator: torch.Generator,
     progress: Tick,
-) -> tuple[dict[str, tuple[str, Bytes]], tuple[float, float]]:
-    """Better codes for one block, which has them at the end; errors before and after."""
+) -> Block:
+    """Better codes for one block."""
     block = model.module.model.layers[index]
     layers: dict[str, _Layer] = {}
     linears: dict[str, nn.Linear] = {}
@@ -136,10 +160,12 @@ def _learn_block(
     weight = target.square().mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
     batch = min(batch, len(x))
 
+    some = torch.arange(len(x))[:: max(1, len(x) // JUDGED)]
+
     def error() -> float:
         with torch.no_grad():
-            off = (_through(block, x, kwargs) - target).square()
-            return float((off * weight).mean())
+            off = (_through(block, x[some], kwargs) - target[some]).square()
+            return float((off * weight[some]).mean())
 
     before = best = error()
     every = [p for layer in layers.values() for p in layer.parameters()]
@@ -155,7 +181,6 @@ def _learn_block(
             with torch.no_grad():
                 for layer in layers.values():
                     layer.move(rate)
-            # All windows at once are the judge, but not after each step: they cost as much.
             if (step + 1) % max(1, steps // 10) == 0:
                 now = error()
                 if now < best:
@@ -168,12 +193,7 @@ def _learn_block(
     finally:
         for path, linear in linears.items():
             block.set_submodule(path, linear)
-    from joulesmith.models import set_gguf_weight
-
-    for name, (kind, raw) in found.items():
-        back = grid(kind).unpack(raw, model.ref(name).shape[1])
-        set_gguf_weight(model, name, torch.as_tensor(back))
-    return found, (before, best)
+    return Block(found, before, best)
 
 
 class _Layer(nn.Module):
