@@ -139,7 +139,7 @@ def optimize(
 @app.command()
 def quantize(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder to write, in compressed-tensors format.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
     type_: Annotated[
         str,
         typer.Option(
@@ -156,6 +156,24 @@ def quantize(
         Optional[str],  # noqa: UP045
         typer.Option("--eval", help="Text file to judge on. Default: English that Python ships."),
     ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help="compressed-tensors, onnx or openvino.")
+    ] = "compressed-tensors",
+    effort: Annotated[
+        str,
+        typer.Option(
+            help="nearest; default: error feedback, then scales and norms tuned; thorough: "
+            "rounding learned block by block as well, many times slower."
+        ),
+    ] = "default",
+    rotate: Annotated[
+        bool,
+        typer.Option("--rotate", help="Rotate the residual stream first; unties a tied head."),
+    ] = False,
+    map_: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--map", help="HTML file to write: the damage of every matrix, as a map."),
+    ] = None,
     kv_cache: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(help="Judge with keys and values on 8 or 4 bits as well."),
@@ -163,7 +181,7 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Seed of sampling and of splits.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Quantize a model for vLLM and transformers, and say what is kept.
+    """Quantize a model for vLLM, transformers, ONNX Runtime or OpenVINO; say what is kept.
 
     Every matrix of the decoder blocks gets the one type; the rest is float16. What is kept
     is judged with inputs rounded, where the type does that. The same command again goes on
@@ -172,6 +190,8 @@ def quantize(
     from joulesmith.job.quantize import quantize as run
     from joulesmith.progress import Progress
 
+    if map_ is not None and not map_.parent.is_dir():
+        raise JoulesmithError(f"no such folder for --map: {map_.parent}")
     with _interruptible("the same command goes on where it stopped"):
         found = run(
             model,
@@ -181,8 +201,16 @@ def quantize(
             evaluation=eval_,
             seed=seed,
             kv_cache=kv_cache,
+            effort=effort,
+            rotate=rotate,
+            form=format_,
             progress=Progress({}),
         )
+    if map_ is not None:
+        from joulesmith.report import damage_of, heat_map_page
+
+        title = f"{found.type} of {model}"
+        heat_map_page(damage_of(found.damage, found.type, found.bits_per_weight, title=title), map_)
     if json_:
         _print_json(found)
     else:

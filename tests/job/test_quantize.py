@@ -87,6 +87,11 @@ def test_rounded_inputs_are_judged_and_written(
         (("--type", "W8A8", "--kv-cache", "3"), "8 or 4 bits"),
         (("--type", "INT4-G48"), "blocks of 48"),
         (("--calib", "absent.txt"), "no such text file"),
+        (("--effort", "great"), "nearest, default, thorough"),
+        (("--format", "gguf"), "compressed-tensors, onnx, openvino"),
+        (("--type", "W8A8", "--rotate"), "no --rotate"),
+        (("--type", "W8A8", "--format", "onnx"), "compressed-tensors only"),
+        (("--map", "absent/map.html"), "no such folder"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -97,3 +102,44 @@ def test_bad_input_is_one_line(
     assert match in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_thorough_keeps_more_and_goes_on_where_it_stopped(
+    tiny: Path, tmp_path: Path, joulesmith: Run
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    found = {}
+    for effort in ("nearest", "default", "thorough"):
+        words = ("quantize", tiny, "--type", "INT4-G32", "--effort", effort, "--json")
+        done = joulesmith(*words, "--out", tmp_path / effort)
+        assert done.returncode == 0, done.stderr
+        found[effort] = json.loads(done.stdout)["quality"]["kl"]
+    assert found["default"] < found["nearest"]
+    assert found["thorough"] < found["default"]
+    words = ("quantize", tiny, "--type", "INT4-G32", "--effort", "thorough")
+    again = tmp_path / "again"
+    assert joulesmith(*words, "--out", again, until="tune:").returncode == -signal.SIGKILL
+    page = tmp_path / "map.html"
+    done = joulesmith(*words, "--out", again, "--map", page)
+    assert done.returncode == 0, done.stderr
+    weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("thorough", "again")]
+    assert weights[0] == weights[1], "the same bytes as a run that was not killed"
+    assert "<svg" in page.read_text()
+
+
+def test_rotated_and_in_another_format(tiny: Path, tmp_path: Path, joulesmith: Run) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    words = ("quantize", tiny, "--type", "INT8-G32", "--out", tmp_path / "out", "--json")
+    done = joulesmith(*words, "--rotate")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["quality"]["kept"] > 0.98
+    pytest.importorskip("compressed_tensors")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float16)
+    assert not model.config.tie_word_embeddings
+    pytest.importorskip("onnxruntime")
+    onnx = tmp_path / "onnx"
+    done = joulesmith(*words[:-3], "--out", onnx, "--format", "onnx")
+    assert done.returncode == 0, done.stderr
+    assert (onnx / "model.onnx").is_file()

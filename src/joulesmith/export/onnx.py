@@ -54,7 +54,7 @@ def export_onnx(
     """
     from joulesmith.models import write_tokenizer_of
 
-    _packages()
+    packages()
     layers = packed_layers(model, packed)
     size = sum(p.numel() * 2 for p in model.module.parameters()) + (1 << 24)
     with atomic_folder(folder, needed=size) as temp:
@@ -182,7 +182,7 @@ class _WithCache(nn.Module):
 
 def write_graph(model: Model, layers: Mapping[str, NBits], folder: Path) -> int:
     """Export into ``folder`` as model.onnx and its data; returns the data's bytes."""
-    onnx_ir = _packages()
+    onnx_ir = packages()
     inputs, settings = _example(model)
     try:
         with _standing_in(model.module, layers), _quiet():
@@ -303,7 +303,7 @@ def write_config(model: Model, folder: Path) -> None:
         model.module.generation_config.save_pretrained(folder)
 
 
-def _packages() -> Any:
+def packages() -> Any:
     """onnx_ir, once all that the exporter needs is there."""
     try:
         import onnx  # noqa: F401

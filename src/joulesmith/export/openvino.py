@@ -42,7 +42,7 @@ def export_openvino(
     """
     from joulesmith.models import write_tokenizer_of
 
-    ov = _package()
+    ov = package()
     layers = onnx.packed_layers(model, packed)
     size = sum(p.numel() * 4 for p in model.module.parameters()) + (1 << 24)
     with atomic_folder(folder, needed=size) as temp:
@@ -84,7 +84,7 @@ def _halve(graph: Any, ov: Any) -> None:
             reader.replace_source_output(back.output(0))
 
 
-def _package() -> Any:
+def package() -> Any:
     try:
         import openvino
     except ImportError as e:

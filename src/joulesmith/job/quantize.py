@@ -1,6 +1,6 @@
 """One type for all matrices, judged and written: `joulesmith quantize`.
 
-    model + text -> reference -> rounded matrices -> (ranges) -> judged -> folder
+    model + text -> reference -> rounded matrices -> refined -> (ranges) -> judged -> folder
 
 Types that round inputs too (`SCHEMES`) smooth each block before it is rounded where they are
 integers, and are judged with rounded inputs. No joules are measured and nothing is searched;
@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from joulesmith.compress.quantize.activations import InputQuantizer, Scheme, quantized_inputs
 from joulesmith.compress.quantize.input_types import (
     module_of,
@@ -29,6 +27,7 @@ from joulesmith.compress.quantize.input_types import (
 from joulesmith.compress.quantize.integers import IntGrid
 from joulesmith.errors import JoulesmithError
 from joulesmith.job.inputs import Inputs, gather
+from joulesmith.job.refine import EFFORTS, Packed, refine
 from joulesmith.progress import Progress, Tick
 from joulesmith.quality import Quality, judge, write_reference
 from joulesmith.workspace import Workspace
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
 STAGES = {"load": 5, "text": 40, "reference": 20, "round": 90, "judge": 25, "write": 3}
 _RANGES, _CACHE = 15, 25  # costs of the stages that not every type has
 _UNTOUCHED = "F16"
+FORMATS = ("compressed-tensors", "onnx", "openvino")
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Quantized:
     the quantized layers, in words, None where nothing does. by_token: layers
     of a static type that kept a scale by token. smoothing: sets of factors folded.
     cache: what a quantized key-value cache costs on top, None where it was not asked for.
+    format, effort: as asked for; damage is that of rounding, before codes are learned or
+    scales tuned.
     """
 
     folder: str
@@ -78,6 +80,8 @@ class Quantized:
     by_token: tuple[str, ...] = ()
     smoothing: int = 0
     cache: Cache | None = None
+    format: str = "compressed-tensors"
+    effort: str = "default"
 
 
 def quantize(
@@ -89,11 +93,15 @@ def quantize(
     evaluation: str | None = None,
     seed: int = 0,
     kv_cache: int | None = None,
+    effort: str = "default",
+    rotate: bool = False,
+    form: str = "compressed-tensors",
     progress: Progress | None = None,
 ) -> Quantized:
     """Round every matrix of the blocks to ``kind`` ("INT4-G128", "W8A8") and write a folder.
 
-    The folder is compressed-tensors, which vLLM and `transformers` load; the working
+    form: "compressed-tensors", which vLLM and `transformers` load, "onnx" or "openvino". effort:
+    one of `refine.EFFORTS`. rotate: rotate the residual stream first (`rotate`). The working
     files lie beside it in ``out.work`` until it is complete, and a run that was
     interrupted goes on there. kv_cache: bits of a key-value cache to judge as well, 8 or 4;
     a cache is the engine's to make, and nothing of it is in the folder. Raises
@@ -102,11 +110,18 @@ def quantize(
     """
     from joulesmith.compress.quantize.input_types import SCHEMES
     from joulesmith.compress.quantize.kv_cache import DEFAULTS
-    from joulesmith.export.compressed_tensors import loadable
     from joulesmith.models import load
 
+    if form not in FORMATS:
+        raise JoulesmithError(f"--format {form}: give one of {', '.join(FORMATS)}")
+    if effort not in EFFORTS:
+        raise JoulesmithError(f"--effort {effort}: give one of {', '.join(EFFORTS)}")
     scheme = SCHEMES.get(kind)
-    g = None if scheme is not None else loadable(kind)
+    if scheme is not None and form != "compressed-tensors":
+        raise JoulesmithError(f"--type {kind} is written as compressed-tensors only, not {form}")
+    if scheme is not None and (rotate or effort != "default"):
+        raise JoulesmithError(f"--type {kind} takes no --rotate and no --effort: leave them out")
+    g = None if scheme is not None else _loadable(kind, form)
     if scheme is None and not isinstance(g, IntGrid):
         raise JoulesmithError(
             f"--type {kind}: give integers of 4 or 8 bits by group, such as INT4-G128, "
@@ -124,6 +139,7 @@ def quantize(
         show.expected.setdefault(name, cost)
     arguments: dict[str, Any] = {
         "model": model, "type": kind, "calib": calib, "eval": evaluation, "seed": seed,
+        "effort": effort, "rotate": rotate,
     }  # fmt: skip
     with show.stage("load"):
         loaded = load(model)
@@ -137,7 +153,8 @@ def quantize(
             PackedCache(loaded.module.config, DEFAULTS[kv_cache])
     whole = out.resolve()  # "." has no name
     beside = whole.with_name(whole.name + ".work")
-    plan = _Plan(kind, scheme, None if kv_cache is None else DEFAULTS[kv_cache], seed)
+    cache = None if kv_cache is None else DEFAULTS[kv_cache]
+    plan = _Plan(kind, scheme, cache, seed, effort, rotate, form)
     with Workspace(beside, arguments) as workspace:
         with show.stage("text") as tick:
             inputs = gather(loaded, calib, evaluation, workspace.work, seed, 1.0, tick)
@@ -154,6 +171,9 @@ class _Plan:
     scheme: Scheme | None
     cache: KVScheme | None
     seed: int
+    effort: str
+    rotate: bool
+    form: str
 
     def type_of(self, ref: TensorRef) -> str:
         """The grid of a matrix inside a block."""
@@ -171,14 +191,16 @@ def _run(
 ) -> Quantized:
     from joulesmith.compress.quantize.grids import grid
     from joulesmith.engines.torch_engine import TorchSession
-    from joulesmith.export.compressed_tensors import write_compressed
-    from joulesmith.models import set_gguf_weight
     from joulesmith.plan import candidates
 
     with show.stage("reference") as tick, TorchSession(model.module) as session:
         reference = write_reference(
             session, inputs.final, workspace.work / "final.npy", inputs.evaluation_text, tick
         )
+    if plan.rotate:
+        from joulesmith.compress.quantize.rotate import rotate_residual
+
+        rotate_residual(model, plan.seed)
     with show.stage("round") as tick:
         if plan.scheme is None:
             store = candidates.make(
@@ -186,6 +208,7 @@ def _run(
                 inputs.calibration,
                 lambda ref: [_UNTOUCHED if ref.layer is None else plan.kind],
                 workspace.work / "packed",
+                effort="nearest" if plan.effort == "nearest" else "default",
                 seed=plan.seed,
                 progress=tick,
             )
@@ -194,10 +217,8 @@ def _run(
             store, smoothed = _round_rows(model, plan.scheme, inputs, workspace, plan.seed, tick)
     kinds = {r.name: plan.type_of(r) for r in inside}
     packed = {r.name: (kinds[r.name], store.packed(r.name, kinds[r.name])) for r in inside}
-    for ref in inside:
-        name, raw = packed[ref.name]
-        back = grid(name).unpack(raw, ref.shape[1])
-        set_gguf_weight(model, ref.name, torch.from_numpy(back))
+    effort = "nearest" if plan.scheme is not None else plan.effort
+    packed = refine(model, packed, inputs.calibration, effort, workspace.work, plan.seed, show)
     rounded = _inputs(model, inside, plan.scheme, smoothed, inputs, show)
     cached: Cache | None = None
     with ExitStack() as stack:
@@ -217,7 +238,7 @@ def _run(
                 cached = Cache(plan.cache.bits_per_value, judged(tick), str(plan.cache))
     with show.stage("write"):
         by_name = {r.name: rounded[module_of(r)] for r in inside} if rounded else None
-        size = write_compressed(model, packed, out, inputs=by_name)
+        size = _write(model, packed, out, plan.form, by_name)
     weights = sum(r.shape[0] * r.shape[1] for r in inside)
     stored = sum(grid(kinds[r.name]).bits_per_weight * r.shape[0] * r.shape[1] for r in inside)
     static = plan.scheme is not None and not plan.scheme.dynamic
@@ -234,7 +255,45 @@ def _run(
         by_token=by_token,
         smoothing=sum(len(s.scales) for s in smoothed.values()),
         cache=cached,
+        format=plan.form,
+        effort=plan.effort,
     )
+
+
+def _loadable(kind: str, form: str) -> Any:
+    """The grid of that name where the format's engines run it, else None."""
+    if form == "compressed-tensors":
+        from joulesmith.export import compressed_tensors
+
+        return compressed_tensors.loadable(kind)
+    from joulesmith.export import onnx, openvino
+
+    # What is not installed is told before any work is done.
+    onnx.packages()
+    if form == "openvino":
+        openvino.package()
+    return onnx.loadable(kind)
+
+
+def _write(
+    model: Model,
+    packed: Packed,
+    out: Path,
+    form: str,
+    inputs: Mapping[str, InputQuantizer] | None,
+) -> int:
+    """Write the folder in its format; returns the bytes of the weights."""
+    if form == "onnx":
+        from joulesmith.export.onnx import export_onnx
+
+        return export_onnx(model, packed, out)
+    if form == "openvino":
+        from joulesmith.export.openvino import export_openvino
+
+        return export_openvino(model, packed, out)
+    from joulesmith.export.compressed_tensors import write_compressed
+
+    return write_compressed(model, packed, out, inputs=inputs)
 
 
 def _round_rows(

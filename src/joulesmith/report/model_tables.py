@@ -142,11 +142,11 @@ def render_quantized(found: Quantized, console: Console, worst: int = 5) -> None
 
     q = found.quality
     lines = [
-        f"{found.folder}: {size(found.bytes)}, {found.type}, {found.bits_per_weight:.3f} bits per "
-        "weight in the blocks, the rest float16",
+        f"{found.folder}: {found.format}, {size(found.bytes)}, {found.type}, "
+        f"{found.bits_per_weight:.3f} bits per weight in the blocks, the rest float16",
         kept(q),
         f"judged on {q.tokens} tokens of {q.text}, against {found.origin}",
-        f"predicted damage {sum(found.damage.values()):.4f} nats, most of all:",
+        f"predicted damage of rounding {sum(found.damage.values()):.4f} nats, most of all:",
     ]
     if found.inputs is not None:
         smooth = f"; {found.smoothing} sets of inputs smoothed" if found.smoothing else ""

@@ -22,19 +22,24 @@ class Quantize(Step):
     """Round each matrix onto its type with error feedback from calibration.
 
     types: GGUF tensor name -> type. default: the type of tensors not named; None
-    leaves them as they are. seed: of the labels drawn for the Fisher information.
+    leaves them as they are. learn_steps: of learned rounding, block by block (`learned`; 200 in
+    its paper, 0 for none). tune_epochs: of tuning scales and norms (`tune`; 2 is enough).
+    seed: of the labels drawn for the Fisher information, and of both.
     """
 
     name: ClassVar[str] = "quantize"
     types: dict[str, str] = Field(default_factory=dict)
     default: str | None = None
     effort: Literal["nearest", "default", "thorough"] = "default"
+    learn_steps: int = Field(default=0, ge=0)
+    tune_epochs: int = Field(default=0, ge=0)
     seed: int = 0
 
     def apply(
         self, model: Model, calibration: NDArray[np.int32], progress: Tick = silent
     ) -> StepRecord:
-        """Pack the matrices; the module itself is left as it is."""
+        """Pack the matrices. The module is left as it is, unless they are learned or tuned:
+        then it has the quantized weights, and norms that go with them."""
         known = {r.name for r in model.matrices(split_head=True)}
         unknown = sorted(set(self.types) - known)
         if unknown:
@@ -59,4 +64,31 @@ class Quantize(Step):
             seed=self.seed,
             progress=progress,
         )
+        if self.learn_steps or self.tune_epochs:
+            packed = self._refined(model, packed, calibration, progress)
         return StepRecord(self.name, packed)
+
+    def _refined(
+        self,
+        model: Model,
+        packed: dict[str, tuple[str, NDArray[np.uint8]]],
+        windows: NDArray[np.int32],
+        progress: Tick,
+    ) -> dict[str, tuple[str, NDArray[np.uint8]]]:
+        from joulesmith.compress.quantize.learned import learn
+        from joulesmith.compress.quantize.tune import last_hidden, tune
+
+        if "output.weight" in packed and model.tied:
+            raise JoulesmithError("a tied head stored apart cannot be learned or tuned")
+        teacher = last_hidden(model, windows)
+        inside = {n: p for n, p in packed.items() if model.ref(n).layer is not None}
+        if self.learn_steps:
+            packed |= learn(
+                model, inside, windows, steps=self.learn_steps, seed=self.seed, progress=progress
+            ).packed
+        if self.tune_epochs:
+            packed |= tune(
+                model, packed, windows, teacher, epochs=self.tune_epochs, seed=self.seed,
+                progress=progress,
+            ).packed  # fmt: skip
+        return packed

@@ -1,0 +1,106 @@
+"""What follows rounding in `joulesmith quantize`: learned codes, tuned scales and norms.
+
+Learned blocks are kept in the run's folder as they come, so that an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from joulesmith.atomic import atomic_path
+from joulesmith.compress.quantize.grids import Bytes, grid
+from joulesmith.compress.quantize.learned import Block, learn
+from joulesmith.compress.quantize.tune import last_hidden, tune
+from joulesmith.progress import Progress
+
+if TYPE_CHECKING:
+    from joulesmith.models import Model
+
+Packed = dict[str, tuple[str, Bytes]]
+
+EFFORTS = ("nearest", "default", "thorough")
+"""Rounding alone; error feedback, then tuning; learned rounding between the two."""
+FINE_BITS = 7.5
+"""At eight bits too little is lost for either to find."""
+_TUNE, _LEARN = 90, 600  # costs of the stages
+
+
+def refine(
+    model: Model,
+    packed: Mapping[str, tuple[str, Bytes]],
+    calibration: NDArray[np.int32],
+    effort: str,
+    folder: Path,
+    seed: int,
+    show: Progress,
+) -> Packed:
+    """Better codes, scales and norms for what is packed; ``model`` has them at the end.
+
+    model: the float model. Norms and biases are rounded to float16 where they were tuned,
+    since that is what folders hold.
+    """
+    coarse = any(grid(kind).bits_per_weight < FINE_BITS for kind, _ in packed.values())
+    if effort == "nearest" or not coarse:
+        _fill(model, packed)
+        return dict(packed)
+    teacher = last_hidden(model, calibration)
+    found = dict(packed)
+    if effort == "thorough":
+        show.expected.setdefault("learn", _LEARN)
+        with show.stage("learn") as tick:
+            found = learn(
+                model,
+                packed,
+                calibration,
+                seed=seed,
+                keep=lambda index, block: _keep(folder / f"learned-{index}.npz", block),
+                known=lambda index: _known(folder / f"learned-{index}.npz"),
+                progress=tick,
+            ).packed
+    show.expected.setdefault("tune", _TUNE)
+    with show.stage("tune") as tick:
+        found = tune(model, found, calibration, teacher, seed=seed, progress=tick).packed
+    with torch.no_grad():
+        for p in model.module.parameters():
+            if p.ndim == 1:
+                p.copy_(p.half())
+    return found
+
+
+def _fill(model: Model, packed: Mapping[str, tuple[str, Bytes]]) -> None:
+    from joulesmith.models import set_gguf_weight
+
+    for name, (kind, raw) in packed.items():
+        back = grid(kind).unpack(raw, model.ref(name).shape[1])
+        set_gguf_weight(model, name, torch.as_tensor(back))
+
+
+def _keep(path: Path, block: Block) -> None:
+    """Keep what was learned of a block, complete or not at all."""
+    with atomic_path(path) as temporary, temporary.open("wb") as f:
+        np.savez(
+            f,
+            names=np.array(list(block.packed)),
+            kinds=np.array([kind for kind, _ in block.packed.values()]),
+            errors=np.array([block.before, block.after]),
+            **{f"packed-{i}": raw for i, (_, raw) in enumerate(block.packed.values())},  # type: ignore[arg-type]
+        )
+
+
+def _known(path: Path) -> Block | None:
+    """What `_keep` kept, None where there is nothing."""
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as z:
+        names, kinds = z["names"].tolist(), z["kinds"].tolist()
+        packed = {
+            n: (k, z[f"packed-{i}"]) for i, (n, k) in enumerate(zip(names, kinds, strict=True))
+        }
+        before, after = z["errors"].tolist()
+    return Block(packed, before, after)
