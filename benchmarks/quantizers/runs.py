@@ -37,6 +37,7 @@ class Planned:
 
 PLAN = (
     Planned("nearest", "absmax", seeded=False),
+    Planned("ours", "feedback"),
     Planned("ours", "default"),
     Planned("ours", "thorough"),
     Planned("llm_compressor", "gptq"),

@@ -134,6 +134,19 @@ def test_orphans_are_collected_and_left_ones_told() -> None:
 
 
 @linux
+def test_an_ended_child_of_the_caller_hides_no_orphans() -> None:
+    mine = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, mine.pid, os.WEXITED | os.WNOWAIT)  # ended, and not collected
+    before = set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    ended = launch(["sh", "-c", "(sh -c 'exit 3' &); (sleep 0.05 &); sleep 0.3; exit 5"])
+    assert ended.exit_code == 5 and ended.left_running == 0
+    now = set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    assert len(now - before) == 0
+    assert str(mine.pid) in now, "it is the caller's to collect"
+    assert mine.wait() == 0
+
+
+@linux
 def test_children_of_the_caller_are_left_to_it() -> None:
     mine = subprocess.Popen([PYTHON, "-c", "raise SystemExit(6)"])
     assert launch(["sleep", "0.3"]).exit_code == 0

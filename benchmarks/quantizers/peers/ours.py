@@ -18,7 +18,7 @@ def load(folder: Path, task: dict[str, Any]) -> Any:
 
 def warm_imports() -> None:
     """Imported before the clock starts."""
-    import joulesmith.compress.quantize.walk
+    import joulesmith.job.refine
     import joulesmith.plan.candidates  # noqa: F401
 
 
@@ -30,11 +30,17 @@ def type_name(setting: Setting) -> str:
 def quantize(model: Any, windows: Any, setting: Setting, variant: str, seed: int) -> Any:
     """Round every matrix of the blocks; the model then holds the rounded weights.
 
-    variant: the effort.
+    variant: "feedback" for error feedback and coordinate descent alone, or an effort of the
+    command `joulesmith quantize`, which adds tuning ("default") and learned rounding before
+    it ("thorough").
     """
     import torch
 
+    from joulesmith.compress.quantize.grids import grid
+    from joulesmith.compress.quantize.learned import learn
+    from joulesmith.compress.quantize.tune import last_hidden, tune
     from joulesmith.compress.quantize.walk import walk
+    from joulesmith.job.refine import FINE_BITS
     from joulesmith.models import set_gguf_weight
 
     kind = type_name(setting)
@@ -46,13 +52,23 @@ def quantize(model: Any, windows: Any, setting: Setting, variant: str, seed: int
     def emit(_: str, rounded: Any) -> None:
         for r in rounded:
             if r.ref.layer is not None:
-                packed[r.ref.name] = (r.grid, r.packed, r.ref.shape[1])
+                packed[r.ref.name] = (r.grid.name, r.packed)
 
-    walk(model, windows, types, emit, effort=variant, seed=seed)
-    for name, (grid, raw, columns) in packed.items():
-        set_gguf_weight(model, name, torch.from_numpy(grid.unpack(raw, columns)))
-    bits = sum(8 * raw.size for _, raw, _ in packed.values())
-    count = sum(raw.shape[0] * columns for _, raw, columns in packed.values())
+    walk(model, windows, types, emit, effort="default", seed=seed)
+    if variant != "feedback" and setting.bits < FINE_BITS:
+        teacher = last_hidden(model, windows)
+        if variant == "thorough":
+            packed = learn(model, packed, windows, seed=seed).packed
+        packed = tune(model, packed, windows, teacher, seed=seed).packed
+    for name, (k, raw) in packed.items():
+        columns = model.ref(name).shape[1]
+        set_gguf_weight(model, name, torch.from_numpy(grid(k).unpack(raw, columns)))
+    with torch.no_grad():  # as folders hold them
+        for p in model.module.parameters():
+            if p.ndim == 1:
+                p.copy_(p.half())
+    bits = sum(8 * raw.size for _, raw in packed.values())
+    count = sum(len(raw) * model.ref(name).shape[1] for name, (_, raw) in packed.items())
     return model, bits / count
 
 

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -34,6 +35,7 @@ _FORWARDED = tuple(
 )
 _LINUX = sys.platform.startswith("linux")
 _WNOTHREAD = 0x20000000  # include/uapi/linux/wait.h: only children of the calling thread
+_POLL_SECONDS = 0.02
 _SLACK = 2**20  # the kernel counts resident pages in batches a processor
 _SET_SUBREAPER, _GET_SUBREAPER = 36, 37  # include/uapi/linux/prctl.h
 
@@ -127,13 +129,27 @@ def _wait(pid: int, before: set[int]) -> tuple[int, Any]:
     """Wait for ``pid``, collecting adopted descendants that end before it."""
     while _LINUX:
         seen = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | _WNOTHREAD)
-        # A child that the caller had before is the caller's to collect.
-        if seen is None or seen.si_pid == pid or seen.si_pid in before:
+        if seen is None or seen.si_pid == pid:
             break
+        if seen.si_pid in before:
+            return _poll(pid, before)
         with contextlib.suppress(ChildProcessError):
             os.waitpid(seen.si_pid, os.WNOHANG)
     _, status, usage = os.wait4(pid, 0)
     return status, usage
+
+
+def _poll(pid: int, before: set[int]) -> tuple[int, Any]:
+    """As `_wait`, where a child that the caller had before has ended: it is the caller's to
+    collect, and until then hides all others from a wait for any."""
+    while True:
+        for other in _children() - before - {pid}:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(other, os.WNOHANG)
+        found, status, usage = os.wait4(pid, os.WNOHANG)
+        if found:
+            return status, usage
+        time.sleep(_POLL_SECONDS)
 
 
 def _children() -> set[int]:
