@@ -88,3 +88,11 @@ def test_a_folder_with_files_is_not_touched(tmp_path):
         (temp / "a").write_text("half")
         raise ValueError
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_files_of_a_folder_are_as_readable_as_the_folder(tmp_path):
+    with atomic_folder(tmp_path / "out") as temp:
+        (temp / "secret").write_text("x")
+        (temp / "secret").chmod(0o600)
+    folder, file = (p.stat().st_mode for p in (tmp_path / "out", tmp_path / "out" / "secret"))
+    assert file & 0o777 == folder & 0o666

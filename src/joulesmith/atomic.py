@@ -89,7 +89,10 @@ def atomic_folder(path: str | os.PathLike[str], *, needed: int | None = None) ->
         try:
             temp.mkdir()
             yield temp
+            usual = temp.stat().st_mode & 0o666
             for item in sorted(temp.rglob("*")):
+                if item.is_file():  # some libraries write files that only their owner can read
+                    item.chmod(item.stat().st_mode | usual)
                 _sync(item)
             _sync(temp)
             temp.replace(final)
