@@ -30,7 +30,7 @@ def test_outliers_are_protected_and_the_error_is_the_tokens_own() -> None:
     found = awq.protect(h, weights, int3())
     assert found.alpha > 0
     # the scales of `Grid.fit` already favour columns that matter: less is left to gain
-    assert found.error < 0.95 * found.before
+    assert found.error < 0.9 * found.before
     # the same error, from the tokens and by the definition
     brute = 0.0
     importance = h.diagonal() / found.scale.square()

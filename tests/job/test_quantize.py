@@ -127,7 +127,7 @@ def test_thorough_keeps_more_and_goes_on_where_it_stopped(
     assert "<svg" in page.read_text()
 
 
-def test_rotated_and_in_another_format(tiny: Path, tmp_path: Path, joulesmith: Run) -> None:
+def test_rotated(tiny: Path, tmp_path: Path, joulesmith: Run) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -138,8 +138,11 @@ def test_rotated_and_in_another_format(tiny: Path, tmp_path: Path, joulesmith: R
     pytest.importorskip("compressed_tensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float16)
     assert not model.config.tie_word_embeddings
+
+
+def test_as_onnx(tiny: Path, tmp_path: Path, joulesmith: Run) -> None:
     pytest.importorskip("onnxruntime")
     onnx = tmp_path / "onnx"
-    done = joulesmith(*words[:-3], "--out", onnx, "--format", "onnx")
+    done = joulesmith("quantize", tiny, "--type", "INT8-G32", "--out", onnx, "--format", "onnx")
     assert done.returncode == 0, done.stderr
     assert (onnx / "model.onnx").is_file()

@@ -38,9 +38,9 @@ def quantize(model: Any, windows: Any, setting: Setting, variant: str, seed: int
 
     from joulesmith.compress.quantize.grids import grid
     from joulesmith.compress.quantize.learned import learn
+    from joulesmith.compress.quantize.rounding import FINE_BITS
     from joulesmith.compress.quantize.tune import last_hidden, tune
     from joulesmith.compress.quantize.walk import walk
-    from joulesmith.job.refine import FINE_BITS
     from joulesmith.models import set_gguf_weight
 
     kind = type_name(setting)

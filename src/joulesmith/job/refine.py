@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from joulesmith.atomic import atomic_path
 from joulesmith.compress.quantize.grids import Bytes, grid
 from joulesmith.compress.quantize.learned import Block, learn
+from joulesmith.compress.quantize.rounding import FINE_BITS
 from joulesmith.compress.quantize.tune import last_hidden, tune
 from joulesmith.progress import Progress
 
@@ -26,8 +27,6 @@ Packed = dict[str, tuple[str, Bytes]]
 
 EFFORTS = ("nearest", "default", "thorough")
 """Rounding alone; error feedback, then tuning; learned rounding between the two."""
-FINE_BITS = 7.5
-"""At eight bits too little is lost for either to find."""
 _TUNE, _LEARN = 90, 600  # costs of the stages
 
 

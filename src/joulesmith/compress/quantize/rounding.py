@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 EFFORTS = {"nearest": None, "default": 2, "thorough": 6}
 """Sweeps of coordinate descent after the error-feedback pass; None rounds to nearest."""
 
-_FINE_BITS = 7.5
+FINE_BITS = 7.5
 """At eight bits a weight and more, nearest rounding loses so little that feedback is not run."""
 
 
@@ -33,7 +33,7 @@ def round_weight(
     sweeps = EFFORTS[effort]
     if curve is None or sweeps is None:
         return grid.pack(weight)
-    if grid.bits_per_weight > _FINE_BITS:
+    if grid.bits_per_weight > FINE_BITS:
         return grid.pack(weight, curve.importance)
     return gptq(weight, curve, grid, sweeps=sweeps)
 
