@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from joulesmith.calibrate import HeadMoments, Moments, calibrate  # noqa: E402
+from joulesmith.calibrate import HeadMoments, Moments, calibrate, drawn_from  # noqa: E402
 from joulesmith.errors import JoulesmithError  # noqa: E402
 
 
@@ -90,9 +90,8 @@ def test_hessian_weighs_tokens_by_their_gradient(tiny: torch.nn.Module) -> None:
 
     handle = layer.register_forward_hook(hook)
     logits = tiny(tokens).logits.reshape(-1, 50)
-    drawn = torch.multinomial(
-        torch.softmax(logits.detach(), -1), 1, generator=torch.Generator().manual_seed(5)
-    )
+    p = torch.softmax(logits.detach(), -1)
+    drawn, _ = drawn_from(p, torch.Generator().manual_seed(5))
     torch.nn.functional.cross_entropy(logits, drawn[:, 0], reduction="sum").backward()
     handle.remove()
     tiny.zero_grad()
@@ -199,3 +198,12 @@ def test_same_seed_same_moments(tiny: torch.nn.Module) -> None:
     a, _ = run(tiny, windows, seed=1)
     b, _ = run(tiny, windows, seed=1)
     assert all(torch.equal(a[k].hessian, b[k].hessian) for k in a)
+
+
+def test_words_are_drawn_as_often_as_they_are_likely() -> None:
+    p = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0]).expand(40_000, -1)
+    drawn, sums = drawn_from(p, torch.Generator().manual_seed(1))
+    share = torch.bincount(drawn[:, 0], minlength=6) / len(p)
+    torch.testing.assert_close(share, p[0], rtol=0, atol=0.01)  # four standard errors
+    assert not share[p[0] == 0].any()
+    torch.testing.assert_close(sums[0], p[0].cumsum(0))

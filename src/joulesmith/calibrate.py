@@ -14,8 +14,8 @@ the KL divergence to the unchanged model.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,15 +185,40 @@ def calibrate(
 
     def exactly(index: int, moments: Mapping[str, Moments]) -> None:
         # What the visitor multiplies is no average: it gets full precision.
-        torch.set_float32_matmul_precision(precision)
-        visit(index, moments)
-        torch.set_float32_matmul_precision("medium")
+        with products(precision):
+            visit(index, moments)
 
-    torch.set_float32_matmul_precision("medium")
-    try:
+    with products("medium"), frozen(module):
         return _calibrate(module, windows, exactly, batch, seed, scratch, outputs, progress)
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """The precision of float32 matrix products ("highest", "medium"); put back at the end.
+
+    "medium" multiplies in bfloat16 and sums in float32 where the processor is faster at it.
+    """
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def frozen(module: torch.nn.Module) -> Iterator[None]:
+    """No parameter of the module wants gradients; at the end those do that did."""
+    before = [(p, p.requires_grad) for p in module.parameters()]
+    for p, _ in before:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, wanted in before:
+            p.requires_grad_(wanted)
 
 
 def _calibrate(
@@ -217,9 +242,6 @@ def _calibrate(
             f"calibration does not know the structure of {type(module).__name__}: "
             "decoder models with model.layers, model.norm and lm_head are supported"
         )
-    wanted = [p.requires_grad for p in module.parameters()]
-    for p in module.parameters():
-        p.requires_grad_(False)
     tokens = torch.from_numpy(np.ascontiguousarray(windows)).long()
     starts = list(range(0, len(tokens), batch))
     kept = _spread(len(tokens), max(1, SAMPLE // tokens.shape[1]))
@@ -307,8 +329,6 @@ def _calibrate(
             g = store.get(0, b)
             input_fisher += g.square().sum(dim=(0, 1))
             tick()
-    for p, w in zip(module.parameters(), wanted, strict=True):
-        p.requires_grad_(w)
     counts = torch.bincount(tokens.flatten(), minlength=head.weight.shape[0]).float()
     return HeadMoments(head_sums.done(), input_fisher / tokens.numel(), counts / tokens.numel())
 
@@ -350,7 +370,7 @@ class _HeadSums:
         self.sums = _Accumulator(vocab, hidden)
 
     def add(
-        self, x: torch.Tensor, head: torch.nn.Module, generator: torch.Generator, rows: int = 64
+        self, x: torch.Tensor, head: torch.nn.Module, generator: torch.Generator, rows: int = 256
     ) -> torch.Tensor:
         """x (tokens, hidden) -> gradient of -log p(sampled) with respect to x, same shape."""
         import torch
@@ -360,15 +380,31 @@ class _HeadSums:
         for start in range(0, len(x), rows):
             part = x[start : start + rows]
             p = torch.softmax(head(part).float(), dim=-1)
-            drawn = torch.multinomial(p, 1, generator=generator)
-            spread = p * (1 - p)
-            self.sums.fold(part, spread.mean(dim=1), spread.sum(dim=0))
+            drawn, spare = drawn_from(p, generator)
+            square = torch.mul(p, p, out=spare)
+            # The sums of p (1 - p), over words and over tokens.
+            spread = (1 - square.sum(dim=1)) / p.shape[1]
+            self.sums.fold(part, spread.clamp_min_(0), p.sum(dim=0) - square.sum(dim=0))
             p.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
             out[start : start + rows] = p @ weight
         return out
 
     def done(self) -> Moments:
         return self.sums.done()
+
+
+def drawn_from(p: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """p (n, words), rows of probabilities -> a word drawn from each, (n, 1); and p's sums so far.
+
+    By the inverse of the distribution, which takes one random number a row:
+    ``torch.multinomial`` takes one a word, and with 49,000 words that is most of the time.
+    """
+    import torch
+
+    below = p.cumsum(dim=-1)
+    at = torch.rand(len(p), 1, generator=generator) * below[:, -1:]
+    # right: a random number of 0 does not draw a word of probability 0.
+    return torch.searchsorted(below, at, right=True).clamp_(max=p.shape[1] - 1), below
 
 
 class _Tap:

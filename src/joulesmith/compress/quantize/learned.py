@@ -14,7 +14,7 @@ give what the float model gives, so that it makes up for their errors as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from joulesmith.calibrate import enter, first
+from joulesmith.calibrate import enter, first, frozen, products
 from joulesmith.compress.quantize.grids import Bytes, Grid, Lattice, grid
 from joulesmith.compress.quantize.integers import IntGrid
 from joulesmith.errors import JoulesmithError
@@ -39,6 +39,8 @@ JUDGED = 32
 """Windows that say which parameters are best; ten times in a block."""
 SCALE_SHARE = 0.1
 """Factors of scales move by this share of the offsets' step: they start at a searched optimum."""
+PIECE = 1 << 16
+"""Weights handled at a time."""
 _INSIDE = 0.98
 """Share of half a step within which a weight starts around the level it was given."""
 
@@ -87,12 +89,10 @@ def learn(
 
     inner = model.module.model
     tokens = torch.from_numpy(np.ascontiguousarray(windows)).long()
-    wanted = [p.requires_grad for p in model.module.parameters()]
-    for p in model.module.parameters():
-        p.requires_grad_(False)
     out = dict(packed)
     errors: dict[int, tuple[float, float]] = {}
-    try:
+    # A step's own noise, a few windows standing for all text, is far larger than bfloat16's.
+    with frozen(model.module), products("medium"):
         # One window at a time leads in, so that no batch shape is special.
         entered = [enter(inner, inner.layers[0], tokens[i : i + 1]) for i in range(len(tokens))]
         kwargs = entered[0][1]
@@ -124,9 +124,6 @@ def learn(
             errors[i] = found.before, found.after
             given, exact = _through(block, given, kwargs), target
             tick(1.0)
-    finally:
-        for p, w in zip(model.module.parameters(), wanted, strict=True):
-            p.requires_grad_(w)
     return Learned(out, errors)
 
 
@@ -196,31 +193,62 @@ def _learn_block(
     return Block(found, before, best)
 
 
-class _Layer(nn.Module):
-    """A linear layer whose weights are rounded anew at each call, gradients passing through.
+class _Product(torch.autograd.Function):
+    """``x W^T``; the gradient of W is left with its layer, which moves by no more than its sign."""
 
-    ``place``: where on the axis of levels each weight stands before it is rounded, in GGUF's
-    row order; ``factor``: of each group's step.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor, layer: _Layer) -> Tensor:
+        # factor is here so that the pass back reaches layers whose input needs no gradient.
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return x @ layer.w.T
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        (g,) = upstream
+        (x,) = ctx.saved_tensors
+        ctx.layer.gradient = g.flatten(0, -2).T @ x.flatten(0, -2)
+        return g @ ctx.layer.w if ctx.needs_input_grad[0] else None, None, None
+
+
+class _Layer(nn.Module):
+    """A linear layer whose weights are rounded anew after each step, gradients passing through.
+
+    ``place``: where on the axis of levels each weight stands before it is rounded; ``factor``: of
+    each group's step; both in torch's row order. ``w``: the rounded weights.
     """
+
+    gradient: Tensor | None = None
 
     def __init__(self, linear: nn.Linear, g: Grid, packed: Bytes, order: Tensor) -> None:
         super().__init__()
-        self.grid, self.bias = g, linear.bias
-        self.back = torch.argsort(order)
-        self.codes, self.lattice = g.read(packed, linear.in_features)
-        ones = Lattice(torch.ones_like(self.lattice.step), None, ())
-        level = self._grouped(g.values(self.codes, ones))
-        w = self._grouped(linear.weight.detach()[order].float())
-        if self.lattice.offset is not None:
-            w = w - self.lattice.offset[:, :, None]
-        step = self.lattice.step[:, :, None]
+        self.grid, self.bias, self.order = g, linear.bias, order
+        codes, self.lattice = g.read(packed, linear.in_features)
+        back = torch.argsort(order)
+        self.step = self.lattice.step[back]
+        self.offset = None if self.lattice.offset is None else self.lattice.offset[back]
+        level = self._grouped(g.values(codes, _ones(self.lattice))[back])
+        w = self._grouped(linear.weight.detach().float())
+        if self.offset is not None:
+            w = w - self.offset[:, :, None]
+        step = self.step[:, :, None]
         exact = torch.where(step == 0, torch.zeros_like(w), w / step)
-        self.low, self.high = float(g.levels[g.first]), float(g.levels[-1])
-        half = _INSIDE * self._reach(level)
-        self.start = torch.minimum(torch.maximum(exact, level - half), level + half)
-        self.place = nn.Parameter(self.start.clone())
+        reach = self._reach(level)
+        start = torch.minimum(
+            torch.maximum(exact, level - _INSIDE * reach), level + _INSIDE * reach
+        )
+        low, high = float(g.levels[g.first]), float(g.levels[-1])
+        self.low, self.high = (start - reach).clamp_(min=low), (start + reach).clamp_(max=high)
+        # Where levels are apart by other than one, steps are as long as they are apart.
+        self.gap = None if bool((reach == 0.5).all()) else 2 * reach
+        # Beyond the ends a weight starts at its level, or it would never come back.
+        self.place = nn.Parameter(start.clamp_(low, high))
         self.factor = nn.Parameter(torch.ones_like(step))
         self.free = g.free_scales or isinstance(g, IntGrid)
+        # A whole zero stays where it is, so the offset of integers follows the step.
+        self.follows = self.offset is None or isinstance(g, IntGrid)
+        self.w = torch.empty_like(linear.weight)
+        self.refresh()
 
     def _grouped(self, w: Tensor) -> Tensor:
         return w.view(len(w), -1, self.grid.group)
@@ -237,38 +265,65 @@ class _Layer(nn.Module):
         return 0.5 * least[index]
 
     def forward(self, x: Tensor) -> Tensor:
-        level = self.place + (self.grid.nearest_level(self.place) - self.place).detach()
-        step = self.lattice.step[:, :, None] * self.factor
-        w = level * step
-        if self.lattice.offset is not None:
-            # A whole zero stays where it is, so the offset follows the step.
-            follow = self.factor if isinstance(self.grid, IntGrid) else 1.0
-            w = w + self.lattice.offset[:, :, None] * follow
-        y: Tensor = x @ w.view(len(w), -1)[self.back].T
+        y: Tensor = _Product.apply(x, self.factor, self)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
+    def _pieces(self) -> Iterator[slice]:
+        """Runs of rows whose weights stay in a core's cache from one operation to the next."""
+        rows, columns = self.w.shape
+        size = max(1, PIECE // columns)
+        return (slice(at, min(at + size, rows)) for at in range(0, rows, size))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring ``w`` to the present places and factors."""
+        for cut in self._pieces():
+            self._refresh(cut)
+
+    def _refresh(self, cut: slice) -> None:
+        w = self._grouped(self.w[cut])
+        factor = self.factor[cut]
+        step = self.step[cut, :, None] * factor
+        torch.mul(self.grid.nearest_level(self.place[cut]), step, out=w)
+        if self.offset is not None:
+            offset = self.offset[cut, :, None]
+            w.add_(offset * factor if self.follows else offset)
+
+    @torch.no_grad()
     def move(self, rate: float) -> None:
         """One step along the sign of the gradients, within half a level of the start."""
-        assert self.place.grad is not None and self.factor.grad is not None
-        self.place.add_(self.place.grad.sign(), alpha=-rate)
-        self.place.clamp_(self.low, self.high)
-        torch.minimum(self.place, self.start + 0.5, out=self.place.data)
-        torch.maximum(self.place, self.start - 0.5, out=self.place.data)
-        if self.free:
-            self.factor.add_(self.factor.grad.sign(), alpha=-rate * SCALE_SHARE)
-        self.place.grad = self.factor.grad = None
+        assert self.gradient is not None
+        for cut in self._pieces():
+            g = self._grouped(self.gradient[cut])
+            if self.free:
+                w = self._grouped(self.w[cut])
+                if not self.follows and self.offset is not None:
+                    w = w - self.offset[cut, :, None]
+                # Up to the (positive) factor, the derivative by it.
+                along = (g * w).sum(-1, keepdim=True).sign_()
+                self.factor[cut].add_(along, alpha=-rate * SCALE_SHARE)
+            g.sign_().mul_(self.step[cut, :, None].sign())
+            if self.gap is not None:
+                g.mul_(self.gap[cut])
+            place = self.place[cut].add_(g, alpha=-rate)
+            torch.clamp(place, self.low[cut], self.high[cut], out=place)
+            self._refresh(cut)
+        self.gradient = None
 
     def packed(self) -> Bytes:
         """The tensor as it stands, with scales as near as the type stores them."""
-        place = self.place.detach()
-        codes = self.grid.nearest_code(place).view(self.codes.shape)
+        codes = self.grid.nearest_code(self.place.detach()).view(self.w.shape)[self.order]
         if not self.free:
             return self.grid.write(codes, self.lattice)
-        step = self.lattice.step * self.factor.detach()[:, :, 0]
+        factor = self.factor.detach()[self.order, :, 0]
         offset = self.lattice.offset
-        if offset is not None and isinstance(self.grid, IntGrid):
-            offset = offset * self.factor.detach()[:, :, 0]
-        return self.grid.write(codes, self.grid.snap(step, offset))
+        if offset is not None and self.follows:
+            offset = offset * factor
+        return self.grid.write(codes, self.grid.snap(self.lattice.step * factor, offset))
+
+
+def _ones(lattice: Lattice) -> Lattice:
+    return Lattice(torch.ones_like(lattice.step), None, ())
 
 
 def _through(block: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:

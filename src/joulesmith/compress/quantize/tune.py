@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
+from joulesmith.calibrate import frozen, products
 from joulesmith.compress.quantize.grids import Bytes, Grid, Lattice, grid
 from joulesmith.compress.quantize.integers import IntGrid
 from joulesmith.errors import JoulesmithError
@@ -289,32 +290,24 @@ def _trainable(
     """Put `_Layer`s in the place of the linear layers whose steps may move; undo at the end."""
     linears: dict[str, nn.Linear] = {}
     layers: dict[str, _Layer] = {}
-    wanted = [p.requires_grad for p in model.module.parameters()]
-    parameters = list(model.module.parameters())
-    precision = torch.get_float32_matmul_precision()
-    for p in parameters:
-        p.requires_grad_(False)
-    try:
-        for name, (kind, raw) in packed.items():
-            g, ref = _free(kind), model.ref(name)
-            _set(model, name, grid(kind), raw)
-            if g is None or ref.layer is None:
-                continue
-            path = ref.parameter.removesuffix(".weight")
-            linear = model.module.get_submodule(path)
-            order = None if ref.rows is None else torch.from_numpy(np.argsort(ref.rows))
-            linears[path] = linear
-            layers[name] = _Layer(linear, g, raw, order)
-            model.module.set_submodule(path, layers[name])
-        # Gradients are averages over many tokens, whose own noise is far larger than bfloat16's.
-        torch.set_float32_matmul_precision("medium")
-        yield layers
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        for path, linear in linears.items():
-            model.module.set_submodule(path, linear)
-        for p, w in zip(parameters, wanted, strict=True):
-            p.requires_grad_(w)
+    # Gradients are averages over many tokens, whose own noise is far larger than bfloat16's.
+    with frozen(model.module), products("medium"):
+        try:
+            for name, (kind, raw) in packed.items():
+                g, ref = _free(kind), model.ref(name)
+                _set(model, name, grid(kind), raw)
+                if g is None or ref.layer is None:
+                    continue
+                path = ref.parameter.removesuffix(".weight")
+                linear = model.module.get_submodule(path)
+                order = None if ref.rows is None else torch.from_numpy(np.argsort(ref.rows))
+                linears[path] = linear
+                layers[name] = _Layer(linear, g, raw, order)
+                model.module.set_submodule(path, layers[name])
+            yield layers
+        finally:
+            for path, linear in linears.items():
+                model.module.set_submodule(path, linear)
 
 
 def _set(model: Model, name: str, g: Any, raw: Bytes) -> None:
