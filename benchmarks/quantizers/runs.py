@@ -48,7 +48,8 @@ PLAN = (
     Planned("nncf_weights", "int8", bits=(8,), seeded=False),
     Planned("model_optimizer", "awq_full", symmetric=(True,)),
     Planned("model_optimizer", "gptq", symmetric=(True,)),
-    Planned("autoround", "200"),
+    Planned("autoround", "200", subjects=("stories260K", "shakespeare")),
+    Planned("autoround", "200-amp"),
     Planned("autoround", "best", subjects=("stories260K", "shakespeare")),
 )
 

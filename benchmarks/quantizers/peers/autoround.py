@@ -8,8 +8,13 @@ from typing import Any
 from benchmarks.quantizers.peers.common import installed, linears, load_llama, plain_logits
 from benchmarks.quantizers.settings import Setting
 
-# variant: iterations, the algorithm extension
-VARIANTS = {"200": (200, False), "200-ext": (200, True), "best": (1000, True)}
+# variant: iterations, the algorithm extension, bfloat16 autocast (its own default)
+VARIANTS = {
+    "200": (200, False, False),
+    "200-amp": (200, False, True),
+    "200-ext": (200, True, False),
+    "best": (1000, True, False),
+}
 
 
 def load(folder: Path, task: dict[str, Any]) -> Any:
@@ -23,11 +28,11 @@ def warm_imports() -> None:
 
 
 def quantize(model: Any, windows: Any, setting: Setting, variant: str, seed: int) -> Any:
-    """As its recipes "default" and "best" do, on these windows and without autocast."""
+    """As its recipes "default" and "best" do, on these windows."""
     import torch
     from auto_round import AutoRound
 
-    iterations, extension = VARIANTS[variant]
+    iterations, extension, amp = VARIANTS[variant]
     rows = [
         {"input_ids": torch.from_numpy(windows[at : at + 8]).long()}
         for at in range(0, len(windows), 8)
@@ -50,7 +55,7 @@ def quantize(model: Any, windows: Any, setting: Setting, variant: str, seed: int
         device_map="cpu",
         enable_torch_compile=False,
         enable_alg_ext=extension,
-        amp=False,
+        amp=amp,
         seed=seed,
         format="fake",
     )
@@ -63,8 +68,9 @@ def weights(quantized: Any, setting: Setting, variant: str) -> tuple[dict[str, A
     # It leaves the module in float16: what it did not quantize stays as it was.
     inside = linears(quantized).items()
     wanted = {f"{name}.weight": layer.weight.data.float() for name, layer in inside}
-    iterations, extension = VARIANTS[variant]
-    words = f"{iterations} iterations, batch 8, float32, algorithm extension {extension}"
+    iterations, extension, amp = VARIANTS[variant]
+    form = "bfloat16 autocast" if amp else "float32"
+    words = f"{iterations} iterations, batch 8, {form}, algorithm extension {extension}"
     return wanted, setting.stored_bits(), words
 
 
