@@ -45,16 +45,19 @@ class Recipe:
             records.append(step.apply(model, calibration, tick))
         return records
 
-    def save(self, path: Path) -> None:
-        """Write YAML, whole or not at all."""
-        plain = {
+    def to_plain(self) -> dict[str, Any]:
+        """As a file has it."""
+        return {
             "joulesmith_recipe": 1,
             "model": self.model,
             "calibration": self.calibration,
             "steps": [to_plain(s) for s in self.steps],
         }
+
+    def save(self, path: Path) -> None:
+        """Write YAML, whole or not at all."""
         with atomic_path(path) as temporary:
-            temporary.write_text(_yaml().safe_dump(plain, sort_keys=False, width=100))
+            temporary.write_text(_yaml().safe_dump(self.to_plain(), sort_keys=False, width=100))
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -146,7 +146,7 @@ class _Job:
     def _export(self) -> None:
         """Move the judged file out of the working folder, with the recipe that makes it."""
         found, folder = self.done, self.ws.folder
-        steps = (Quantize(types=found.trial.types, seed=self.s.seed),)
+        steps = (Quantize(types=dict(found.trial.types), seed=self.s.seed),)
         calibration = {
             "text": found.inputs.calibration_text,
             "windows": list(found.inputs.calibration.shape),

@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 class Quantize(Step):
     """Round each matrix onto its type with error feedback from calibration.
 
-    types: GGUF tensor name -> type. default: the type of tensors not named; None
-    leaves them as they are. learn_steps: of learned rounding, block by block (`learned`; 200 in
-    its paper, 0 for none). tune_epochs: of tuning scales and norms (`tune`; 2 is enough).
-    seed: of the labels drawn for the Fisher information, and of both.
+    types: GGUF tensor name, or pattern such as "blk.*.attn_?.weight" -> type, None for "as it
+    is"; default: the type of matrices inside decoder blocks that are not named (embedding and
+    head stay as they are unless they are); see `choice.choose`. A type with rounded inputs
+    ("W8A8", see `input_types`) is for all: default alone. learn_steps: of learned
+    rounding, block by block (`learned`; 200 in its paper, 0 for none). tune_epochs: of
+    tuning scales and norms (`tune`; 2 is enough). seed: of the labels drawn for the Fisher information, and of both.
     """
 
     name: ClassVar[str] = "quantize"
-    types: dict[str, str] = Field(default_factory=dict)
+    types: dict[str, str | None] = Field(default_factory=dict)
     default: str | None = None
     effort: Literal["nearest", "default", "thorough"] = "default"
     learn_steps: int = Field(default=0, ge=0)
@@ -40,15 +42,20 @@ class Quantize(Step):
     ) -> StepRecord:
         """Pack the matrices. The module is left as it is, unless they are learned or tuned:
         then it has the quantized weights, and norms that go with them."""
-        known = {r.name for r in model.matrices(split_head=True)}
-        unknown = sorted(set(self.types) - known)
-        if unknown:
-            raise JoulesmithError(f"the model has no matrix {unknown[0]!r} to quantize")
+        from joulesmith.compress.quantize.choice import HEAD, choose
+        from joulesmith.compress.quantize.input_types import SCHEMES
+
+        if self.default in SCHEMES:
+            raise JoulesmithError(
+                f"{self.default} as a default is for `joulesmith quantize`: in Python use the "
+                "steps smooth, quantize and round-inputs"
+            )
+        choice = choose(model, self.types, self.default)
         packed: dict[str, tuple[str, NDArray[np.uint8]]] = {}
 
         def types(ref: TensorRef) -> list[str]:
-            chosen = self.types.get(ref.name, self.default)
-            return [chosen] if chosen else ["F32"]
+            kind = choice.types.get(ref.name)
+            return [] if kind is None else [kind]
 
         def emit(_: str, rounded: list[Rounded]) -> None:
             for r in rounded:
@@ -60,13 +67,13 @@ class Quantize(Step):
             types,
             emit,
             effort=self.effort,
-            split_head="output.weight" in self.types,
+            split_head=HEAD in choice.types,
             seed=self.seed,
             progress=progress,
         )
         if self.learn_steps or self.tune_epochs:
             packed = self._refined(model, packed, calibration, progress)
-        return StepRecord(self.name, packed)
+        return StepRecord(self.name, packed, choice.notes)
 
     def _refined(
         self,

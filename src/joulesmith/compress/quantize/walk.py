@@ -70,6 +70,7 @@ def walk(
 ) -> None:
     """Calibrate on ``windows`` (n, length) and round each matrix onto ``types(ref)``.
 
+    types: an empty answer leaves a matrix out.
     emit: called with a block's name and its rounded tensors, last block first, the
     embedding and the head ("ends") at the end. skip: whether a block, given its tensor
     names, is done already. split_head: round a tied head and the embedding apart, as
@@ -78,7 +79,11 @@ def walk(
     """
     layers: dict[int, dict[str, TensorRef]] = {}
     ends: list[TensorRef] = []
-    for ref in model.matrices(split_head=split_head):
+    matrices = model.matrices(split_head=split_head)
+    tied = not any(r.role == "output" for r in matrices)
+    for ref in matrices:
+        if not types(ref):
+            continue
         if ref.layer is None:
             ends.append(ref)
         else:
@@ -95,9 +100,8 @@ def walk(
         emit(str(index), _round_all(model, types, tasks, effort))
 
     head = calibrate(model.module, windows, visit, seed=seed, scratch=scratch, progress=progress)
-    if skip([r.name for r in ends]):
+    if not ends or skip([r.name for r in ends]):
         return
-    tied = not any(r.role == "output" for r in ends)
     tasks = []
     for ref in ends:
         is_head = ref.role == "output" or (tied and ref.role == "token_embd")
