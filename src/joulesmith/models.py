@@ -39,6 +39,7 @@ __all__ = [
     "Model",
     "Source",
     "TensorRef",
+    "cache_word",
     "check_dense",
     "gguf_view",
     "gguf_weight",
@@ -225,6 +226,15 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
                 raise JoulesmithError(f"cannot write weights: {folder}: {e}") from e
             raise
         write_tokenizer_of(model, temp)
+
+
+def cache_word(module: Any) -> str:
+    """What `transformers` calls a module's key-value cache, as an argument and in its answer:
+    "past_key_values", and from 5.24 on "cache"."""
+    import inspect
+
+    known = inspect.signature(module.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def check_dense(model: Model) -> None:

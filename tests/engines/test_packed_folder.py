@@ -144,7 +144,7 @@ def nan(t: torch.Tensor) -> torch.Tensor:
         (lambda t: t.pop(LAYER + "weight_packed"), "is missing"),
         (lambda t: t.__setitem__(LAYER + "weight_g_idx", torch.zeros(64)), "unexpected tensor"),
         (lambda t: t.__setitem__("model.embed_tokens.weight_packed", torch.zeros(1)),
-         "outside the blocks"),
+         "a packed embedding"),
         (put("model.norm.weight", lambda t: t * torch.nan), "NaN"),
         (put("model.norm.weight", lambda t: t[1:].contiguous()), "shape"),
     ],

@@ -240,9 +240,9 @@ class _Packed:
         self._shelf, self._where = shelf, f"{ref.parameter}: {folder}"
         self._base = ref.parameter.removesuffix("weight")
         scheme = schemes.of(self._base.rstrip("."))
-        if scheme is None or not ref.is_matrix or ref.layer is None:
+        if scheme is None or not ref.is_matrix or ref.role == "token_embd":
             raise JoulesmithError(
-                f"packed outside the blocks or without a scheme: {self._where}: {_AGAIN}"
+                f"a packed embedding, or packed without a scheme: {self._where}: {_AGAIN}"
             )
         self.rows, self.columns = ref.shape
         group = scheme.group or self.columns

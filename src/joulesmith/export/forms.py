@@ -16,12 +16,16 @@ from joulesmith.compress.quantize.grids import Bytes, grid
 from joulesmith.errors import JoulesmithError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from joulesmith.architectures import TensorRef
     from joulesmith.compress.quantize.activations import InputQuantizer, Scheme
     from joulesmith.models import Model
 
 GGUF = "gguf"
 FORMATS = ("compressed-tensors", GGUF, "onnx", "openvino")
+ADAPTERS = (GGUF, "compressed-tensors")
+"""Formats whose engines add low-rank factors as they run, from an adapter beside the model."""
 UNTOUCHED = "F16"
 """What all formats store matrices in that are not quantized."""
 _CASTS = ("F32", "BF16")
@@ -126,3 +130,21 @@ def write(
     from joulesmith.export.compressed_tensors import write_compressed
 
     return write_compressed(model, packed, out, inputs=inputs)
+
+
+def write_adapter(
+    form: str, model: Model, factors: Mapping[str, tuple[Tensor, Tensor]], staged: Path
+) -> Path:
+    """Write low-rank factors beside a model that lies at ``staged``: a GGUF LoRA next to a GGUF,
+    a PEFT folder inside a folder. Returns its path."""
+    from joulesmith.export import lora
+
+    if form == GGUF:
+        path = staged.with_suffix(ADAPTER_SUFFIX)
+        lora.write_gguf_lora(model, factors, path)
+        return path
+    lora.write_peft(model, factors, staged / "adapter")
+    return staged / "adapter"
+
+
+ADAPTER_SUFFIX = ".lora.gguf"

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from joulesmith.compress.quantize.choice import HEAD
-from joulesmith.compress.quantize.grids import Bytes
+from joulesmith.compress.quantize.grids import Bytes, grid
 from joulesmith.compress.quantize.input_types import SCHEMES
 from joulesmith.compress.quantize.step import Quantize
 from joulesmith.errors import JoulesmithError
 from joulesmith.job.refine import refine
-from joulesmith.models import EMBEDDING
+from joulesmith.models import EMBEDDING, set_gguf_weight
 from joulesmith.progress import Progress, Tick
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ class Applied:
     """What a recipe did; the model has it all.
 
     packed: GGUF name -> (type, packed rows). inputs: module name -> what rounds its inputs.
-    damage: GGUF name -> predicted KL of rounding, nats a token. smoothing: sets of factors.
+    damage: GGUF name -> predicted KL of rounding, nats a token. factors: GGUF name -> two
+    matrices whose product is added. smoothing: sets of factors folded.
     """
 
     packed: dict[str, tuple[str, Bytes]] = field(default_factory=dict)
@@ -48,6 +50,7 @@ class Applied:
     cache: KVScheme | None = None
     damage: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     smoothing: int = 0
 
 
@@ -73,7 +76,25 @@ def apply(
         done.notes += record.notes
         done.inputs |= record.inputs
         done.cache = record.cache or done.cache
+        if record.packed:
+            done.packed |= record.packed
+            done.factors |= record.factors
+            _fill(model, record.packed, record.factors)
     return done
+
+
+def _fill(
+    model: Model,
+    packed: Mapping[str, tuple[str, Bytes]],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+) -> None:
+    """Set matrices to what they are packed as, their factors added."""
+    for name, (kind, raw) in packed.items():
+        back = torch.as_tensor(grid(kind).unpack(raw, model.ref(name).shape[1]))
+        if name in factors:
+            outer, inner = factors[name]
+            back = back + outer @ inner
+        set_gguf_weight(model, name, back)
 
 
 def _quantize(
@@ -139,6 +160,7 @@ def _round(
             lambda ref: [types[ref.name]] if ref.name in types else [],
             store.keep,
             effort=step.effort,
+            ranges=step.ranges,
             skip=store.has,
             split_head=HEAD in types,
             seed=step.seed,

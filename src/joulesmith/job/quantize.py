@@ -70,7 +70,8 @@ class Quantized:
     cache: what a quantized key-value cache costs on top, None where it was not asked for.
     format, effort: as asked for; damage is that of rounding, before codes are learned or
     scales tuned. types: GGUF name -> type of each quantized matrix. notes: what the recipe's
-    steps had to tell. recipe: the file that makes the same again. engine: what ran the
+    steps had to tell. recipe: the file that makes the same again. adapter: LoRA beside the
+    model that it was judged with, None where there is none. engine: what ran the
     written file, and engine_quality its quality there; None where it was not run.
     """
 
@@ -90,6 +91,7 @@ class Quantized:
     types: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     recipe: str = ""
+    adapter: str | None = None
     engine: str | None = None
     engine_quality: Quality | None = None
 
@@ -202,8 +204,9 @@ def _check_out(out: Path, form: str) -> None:
             raise JoulesmithError(f"--out {out}: a GGUF is a file: give a name such as {out}.gguf")
         if out.exists():
             raise JoulesmithError(f"{out} exists: choose a new file for --out")
-        if beside_of(out).exists():
-            raise JoulesmithError(f"{beside_of(out)} exists: choose another --out")
+        for file in (beside_of(out), out.with_suffix(forms.ADAPTER_SUFFIX)):
+            if file.exists():
+                raise JoulesmithError(f"{file} exists: choose another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise JoulesmithError(f"{out} exists: choose a new folder for --out")
     elif out.suffix.lower() == ".gguf":
@@ -266,10 +269,13 @@ def _run(
     with show.stage("write"):
         by_name = {r.name: done.inputs[module_of(r)] for r in inside} if done.inputs else None
         size = forms.write(form, model, done.packed, staged, by_name)
+        adapter = None
+        if done.factors:
+            adapter = forms.write_adapter(form, model, done.factors, staged)
     engine, engine_quality = None, None
     if form == forms.GGUF:
-        engine, engine_quality = _in_llama(staged, reference, show)
-    told = _publish(recipe, staged, out, form)
+        engine, engine_quality = _in_llama(staged, adapter, reference, show)
+    told, adapter = _publish(recipe, staged, adapter, out, form)
     types = {n: k for n, (k, _) in done.packed.items()}
     counted = [(r.shape[0] * r.shape[1], types[r.name]) for r in inside]
     static = any(not q.scheme.dynamic for q in done.inputs.values())
@@ -292,12 +298,15 @@ def _run(
         types=types,
         notes=tuple(done.notes),
         recipe=str(told),
+        adapter=None if adapter is None else str(adapter),
         engine=engine,
         engine_quality=engine_quality,
     )
 
 
-def _in_llama(path: Path, reference: Reference, show: Progress) -> tuple[str, Quality]:
+def _in_llama(
+    path: Path, adapter: Path | None, reference: Reference, show: Progress
+) -> tuple[str, Quality]:
     """What the written file keeps where it will run."""
     from joulesmith.engines import get_engine
     from joulesmith.job.judge import score_file
@@ -305,18 +314,25 @@ def _in_llama(path: Path, reference: Reference, show: Progress) -> tuple[str, Qu
     engine = get_engine("llama.cpp")
     show.expected.setdefault("engine", _ENGINE)
     with show.stage("engine"):
-        return engine.version, score_file(engine, path, reference)
+        return engine.version, score_file(engine, path, reference, adapter)
 
 
-def _publish(recipe: Recipe, staged: Path, out: Path, form: str) -> Path:
-    """Move what was written and judged to its place, with the recipe that makes it."""
-    if form == forms.GGUF:
-        recipe.save(beside_of(out))
+def _publish(
+    recipe: Recipe, staged: Path, adapter: Path | None, out: Path, form: str
+) -> tuple[Path, Path | None]:
+    """Move what was written and judged to its place, with the recipe that makes it.
+
+    Returns where the recipe and the adapter are; the model is moved last.
+    """
+    if form != forms.GGUF:
+        recipe.save(staged / RECIPE)
         staged.replace(out)
-        return beside_of(out)
-    recipe.save(staged / RECIPE)
+        return out / RECIPE, None if adapter is None else out / adapter.name
+    recipe.save(beside_of(out))
+    if adapter is not None:
+        adapter = adapter.replace(out.with_suffix(forms.ADAPTER_SUFFIX))
     staged.replace(out)
-    return out / RECIPE
+    return beside_of(out), adapter
 
 
 def round_rows(

@@ -5,9 +5,11 @@ Everything that would fail is told here, from names and shapes alone, before wor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from joulesmith.compress.lowrank.absorb_step import Absorb
 from joulesmith.compress.lowrank.step import LowRank
 from joulesmith.compress.quantize.choice import HEAD, choose
 from joulesmith.compress.quantize.fold_steps import Awq, Rotate
@@ -131,6 +133,16 @@ def fit(recipe: Recipe, model: Model, form: str) -> Fitted:
             )
         elif isinstance(step, RoundInputs):
             _schemed(found, step.scheme, i)
+        elif isinstance(step, Absorb):
+            if form not in forms.ADAPTERS:
+                raise JoulesmithError(
+                    f"step {i + 1} of the recipe (absorb) writes an adapter, for which {form} has "
+                    f"no place: write {' or '.join(forms.ADAPTERS)}"
+                )
+            choice = choose(model, step.types, step.default, untied=untied)
+            step.chosen_ranks(model, choice.types)
+            found.notes += choice.notes
+            _typed(found, choice.types, i)
         elif isinstance(step, Quantize):
             _quantized(found, step, i, model, untied)
     settled = settle_types(model, found.types, untied)
@@ -152,6 +164,7 @@ def _quantized(found: Fitted, step: Quantize, i: int, model: Model, untied: bool
     if scheme is None:
         choice = choose(model, step.types, step.default, untied=untied)
         types, notes = choice.types, choice.notes
+        step.check_ranges(types)
     else:
         if step.types or step.learn_steps or step.tune_epochs or step.effort != "default":
             raise JoulesmithError(
@@ -163,6 +176,12 @@ def _quantized(found: Fitted, step: Quantize, i: int, model: Model, untied: bool
         }
         notes = ()
         _schemed(found, scheme, i)
+    found.by_step[i] = types
+    found.notes += notes
+    _typed(found, types, i)
+
+
+def _typed(found: Fitted, types: Mapping[str, str], i: int) -> None:
     if not types:
         raise JoulesmithError(
             f"step {i + 1} of the recipe quantizes nothing: give it  types  or a  default"
@@ -170,8 +189,6 @@ def _quantized(found: Fitted, step: Quantize, i: int, model: Model, untied: bool
     if twice := sorted(set(types) & set(found.types)):
         raise JoulesmithError(f"{twice[0]} is quantized by two steps of the recipe: keep one")
     found.types.update(types)
-    found.by_step[i] = types
-    found.notes += notes
 
 
 def _schemed(found: Fitted, scheme: Scheme, i: int) -> None:

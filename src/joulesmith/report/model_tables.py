@@ -164,6 +164,8 @@ def render_quantized(found: Quantized, console: Console, worst: int = 5) -> None
         )
     most = sorted(found.damage, key=lambda n: -found.damage[n])[:worst]
     lines += [f"  {found.damage[n]:.5f}  {n}" for n in most]
+    if found.adapter is not None:
+        lines.append(f"with the adapter {found.adapter}, for PEFT, or llama.cpp's --lora")
     lines.append(f"the same again: --recipe {found.recipe}")
     for line in lines:
         console.print(Text(line))

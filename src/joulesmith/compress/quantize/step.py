@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from joulesmith.compress.quantize.chosen import Ranges
 from joulesmith.compress.quantize.walk import Rounded, walk
 from joulesmith.compress.step import Step, StepRecord, register
 from joulesmith.errors import JoulesmithError
@@ -24,18 +26,27 @@ class Quantize(Step):
     types: GGUF tensor name, or pattern such as "blk.*.attn_?.weight" -> type, None for "as it
     is"; default: the type of matrices inside decoder blocks that are not named (embedding and
     head stay as they are unless they are); see `choice.choose`. A type with rounded inputs
-    ("W8A8", see `input_types`) is for all: default alone. learn_steps: of learned
-    rounding, block by block (`learned`; 200 in its paper, 0 for none). tune_epochs: of
-    tuning scales and norms (`tune`; 2 is enough). seed: of the labels drawn for the Fisher information, and of both.
+    ("W8A8", see `input_types`) is for all: default alone. ranges: how scales of
+    integer grids are chosen, see `chosen`; None for the search under the Hessian. learn_steps:
+    of learned rounding, block by block (`learned`; 200 in its paper, 0 for none). tune_epochs: of
+    tuning scales and norms (`tune`; 2 is enough). seed: of the labels drawn for the
+    Fisher information, and of both.
     """
 
     name: ClassVar[str] = "quantize"
     types: dict[str, str | None] = Field(default_factory=dict)
     default: str | None = None
     effort: Literal["nearest", "default", "thorough"] = "default"
+    ranges: Ranges | None = None
     learn_steps: int = Field(default=0, ge=0)
     tune_epochs: int = Field(default=0, ge=0)
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _has_curvature(self) -> Quantize:
+        if self.ranges == "second-order" and self.effort == "nearest":
+            raise ValueError("second-order ranges need the Hessian: not with effort: nearest")
+        return self
 
     def apply(
         self, model: Model, calibration: NDArray[np.int32], progress: Tick = silent
@@ -51,6 +62,7 @@ class Quantize(Step):
                 "steps smooth, quantize and round-inputs"
             )
         choice = choose(model, self.types, self.default)
+        self.check_ranges(choice.types)
         packed: dict[str, tuple[str, NDArray[np.uint8]]] = {}
 
         def types(ref: TensorRef) -> list[str]:
@@ -67,6 +79,7 @@ class Quantize(Step):
             types,
             emit,
             effort=self.effort,
+            ranges=self.ranges,
             split_head=HEAD in choice.types,
             seed=self.seed,
             progress=progress,
@@ -74,6 +87,14 @@ class Quantize(Step):
         if self.learn_steps or self.tune_epochs:
             packed = self._refined(model, packed, calibration, progress)
         return StepRecord(self.name, packed, choice.notes)
+
+    def check_ranges(self, types: Mapping[str, str]) -> None:
+        """Raises `JoulesmithError` where ``ranges`` are asked for of types that have their own."""
+        from joulesmith.compress.quantize.chosen import check
+        from joulesmith.compress.quantize.grids import grid
+
+        for kind in set(types.values()) if self.ranges is not None else ():
+            check(grid(kind), self.ranges or "")
 
     def _refined(
         self,
