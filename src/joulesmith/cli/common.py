@@ -27,7 +27,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="smollm2 (bundled), a .gguf file, a Hugging Face folder (safetensors), or a hub id.",
+        help="smollm2 (bundled), a .gguf file, a Hugging Face folder (safetensors), a llama2.c "
+        "file, or a hub id.",
     ),
 ]
 Workload = Annotated[
