@@ -19,7 +19,7 @@ from joulesmith.architectures import MAX_LAYERS, TensorRef, tensor_refs
 from joulesmith.errors import JoulesmithError, MissingExtraError
 from joulesmith.formats.files import StoredTensor
 from joulesmith.formats.llama2c_file import Llama2c
-from joulesmith.formats.safetensors_file import shards
+from joulesmith.formats.safetensors_file import read_safetensors, shards
 from joulesmith.gguf_file import GgufFile
 
 if TYPE_CHECKING:
@@ -183,6 +183,7 @@ def open_safetensors(folder: Path) -> Iterator[SafetensorsShelf]:
     where: dict[str, Any] = {}
     with ExitStack() as stack:
         for file in files:
+            read_safetensors(file)  # the library takes a name given twice, and any header
             try:
                 handle = stack.enter_context(safe_open(str(file), framework="pt"))
                 names = list(handle.keys())

@@ -224,3 +224,13 @@ def test_several_schemes_need_full_names(good: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(JoulesmithError, match="full names"):
         load_packed(folder)
+
+
+def test_sparse_layouts_are_refused_by_name(good: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sparse"
+    shutil.copytree(good, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["sparsity_config"] = {"format": "sparse-24-bitmask"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(JoulesmithError, match=r"stored as sparse-24-bitmask: .* dropped"):
+        load_packed(folder)
