@@ -30,7 +30,7 @@ def test_a_poisoned_scale_is_one_line(
 ) -> None:
     packed = grid(kind).pack(gguf_weight(model, NAME)).copy()
     if kind in ("F32", "BF16"):
-        bits = np.float32(value).view(np.uint8)
+        bits = np.frombuffer(np.float32(value).tobytes(), np.uint8)
         packed[3, : (4 if kind == "F32" else 2)] = bits if kind == "F32" else bits[2:]
     else:  # the scale comes first in each block
         packed[3, :2] = np.frombuffer(np.float16(value).tobytes(), np.uint8)

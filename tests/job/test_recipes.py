@@ -145,6 +145,38 @@ def test_a_rotated_model_and_a_head_of_its_own(tiny: Path, tmp_path: Path) -> No
         assert torch.allclose(ours(ids).logits, folder(ids).logits, atol=2e-3)
 
 
+def test_the_same_recipe_in_onnx_and_openvino(tiny: Path, tmp_path: Path) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    ov = pytest.importorskip("openvino")
+    given = recipe(
+        tmp_path / "r.yaml",
+        "step: rotate",
+        "step: quantize, effort: nearest, types: {output.weight: INT8-G32}, default: INT4-G32",
+    )
+    made(tiny, tmp_path / "m.gguf", "gguf", given)
+    model = load(tmp_path / "m.gguf")
+    ids = (np.arange(40)[None] * 7 % 400).astype(np.int64)
+    with torch.no_grad():
+        wanted = model.module(torch.from_numpy(ids)).logits.numpy()
+    config = model.module.config
+    past = np.zeros((1, config.num_key_value_heads, 0, 16), np.float32)
+    feed = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.arange(40)[None],
+    }
+    feed |= {f"past_key_values.{i}.{p}": past for i in range(2) for p in ("key", "value")}
+    made(tiny, tmp_path / "onnx", "onnx", given)
+    session = ort.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    assert np.abs(session.run(["logits"], feed)[0] - wanted).max() < 2e-3
+    made(tiny, tmp_path / "ov", "openvino", given)
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    graph = ov.Core().compile_model(str(tmp_path / "ov" / "openvino_model.xml"), "CPU", settings)
+    assert np.abs(graph(feed)["logits"] - wanted).max() < 2e-3
+    for name in ("onnx", "ov"):
+        assert read_recipe(tmp_path / name / "recipe.yaml").steps == read_recipe(given).steps
+
+
 def test_rounded_inputs_from_a_recipe_are_those_of_the_type(tiny: Path, tmp_path: Path) -> None:
     one = made(tiny, tmp_path / "a", "compressed-tensors", kind="W8A8")
     two = made(tiny, tmp_path / "b", "compressed-tensors", tmp_path / "a" / "recipe.yaml")
@@ -215,6 +247,14 @@ def test_a_recipe_says_it_all(tiny: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(JoulesmithError, match="no whole number"):
         made(tiny, tmp_path / "m.gguf", "gguf", odd)
+    for windows in ("[64]", "3", "[1000000, 256]", "[64, 128]", "[true, 256]"):
+        odd = recipe(
+            tmp_path / "o.yaml",
+            "step: quantize, default: Q8_0",
+            calibration=f"calibration: {{windows: {windows}}}",
+        )
+        with pytest.raises(JoulesmithError, match="windows is not"):
+            made(tiny, tmp_path / "m.gguf", "gguf", odd)
 
 
 def test_hostile_recipes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -202,8 +203,11 @@ def quantize(
     if map_ is not None:
         from joulesmith.report import damage_of, heat_map_page
 
-        title = f"{found.type} of {model}"
-        heat_map_page(damage_of(found.damage, found.type, found.bits_per_weight, title=title), map_)
+        damage = {n: d for n, d in found.damage.items() if n in found.types}
+        if damage:
+            heat_map_page(damage_of(damage, found.types, title=f"{found.type} of {model}"), map_)
+        else:
+            print("joulesmith: no --map: this recipe predicts no damage", file=sys.stderr)
     if json_:
         print_json(found)
     else:

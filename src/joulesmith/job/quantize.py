@@ -30,7 +30,7 @@ from joulesmith.compress.recipe import Recipe, read_recipe
 from joulesmith.errors import JoulesmithError
 from joulesmith.export import forms
 from joulesmith.job import apply, recipes
-from joulesmith.job.inputs import Inputs, gather
+from joulesmith.job.inputs import CALIBRATION, LENGTH, Inputs, gather
 from joulesmith.job.refine import EFFORTS
 from joulesmith.progress import Progress, Tick
 from joulesmith.quality import Quality, Reference, judge, write_reference
@@ -135,14 +135,14 @@ def quantize(
         raise JoulesmithError(f"--effort {effort}: give one of {', '.join(EFFORTS)}")
     if kv_cache is not None and kv_cache not in DEFAULTS:
         raise JoulesmithError(f"--kv-cache {kv_cache}: give 8 or 4 bits")
-    given = None if recipe is None else read_recipe(recipe)
+    given, share = None if recipe is None else read_recipe(recipe), 1.0
     if given is not None:
         if (kind, effort, rotate, embedding, kv_cache) != (None, "default", False, None, None):
             raise JoulesmithError(
                 "--recipe says it all: leave out --type, --effort, --rotate, --embedding and "
                 "--kv-cache"
             )
-        calib, seed = _calibration(given, calib, seed)
+        calib, seed, share = _calibration(given, calib, seed)
     seed = 0 if seed is None else seed
     kind = kind or recipes.DEFAULT.get(form, "INT4-G64")
     for name in (kind, embedding):
@@ -166,7 +166,9 @@ def quantize(
             steps, kind = given, "recipe"
         fitted = recipes.fit(steps, loaded, form)
         _check_cache(steps, loaded)
-    steps = replace(steps, model=loaded.name, calibration={"calib": calib, "seed": seed})
+    windows = [round(CALIBRATION * share), LENGTH]
+    told = {"calib": calib, "seed": seed, "windows": windows}
+    steps = replace(steps, model=loaded.name, calibration=told)
     arguments: dict[str, Any] = {
         "model": model, "recipe": steps.to_plain(), "calib": calib, "eval": evaluation,
         "seed": seed,
@@ -175,14 +177,17 @@ def quantize(
     beside = whole.with_name(whole.name + ".work")
     with Workspace(beside, arguments) as workspace:
         with show.stage("text") as tick:
-            inputs = gather(loaded, calib, evaluation, workspace.work, seed, 1.0, tick)
+            inputs = gather(loaded, calib, evaluation, workspace.work, seed, share, tick)
         found = _run(loaded, steps, fitted, form, inputs, whole, workspace, show)
     shutil.rmtree(beside, ignore_errors=True)
     return replace(found, folder=str(out), type=kind, effort=effort)
 
 
-def _calibration(given: Recipe, calib: str | None, seed: int | None) -> tuple[str | None, int]:
-    """The text and seed of a recipe, where the command does not say otherwise."""
+def _calibration(
+    given: Recipe, calib: str | None, seed: int | None
+) -> tuple[str | None, int, float]:
+    """The text and seed of a recipe, where the command does not say otherwise, and the share of
+    the usual number of windows that it was made with."""
     told = given.calibration
     theirs, number = told.get("calib"), told.get("seed", 0)
     if theirs is not None and not isinstance(theirs, str):
@@ -195,7 +200,12 @@ def _calibration(given: Recipe, calib: str | None, seed: int | None) -> tuple[st
                 f"no such text file: {theirs}, on which the recipe calibrates: give --calib"
             )
         calib = theirs
-    return calib, number if seed is None else seed
+    windows = told.get("windows", [CALIBRATION, LENGTH])
+    count: Any = windows[0] if isinstance(windows, list) and windows else None
+    whole = isinstance(count, int) and not isinstance(count, bool)
+    if not whole or windows != [count, LENGTH] or not 16 <= count <= 4096:
+        raise JoulesmithError(f"the recipe's calibration: windows is not [16 to 4096, {LENGTH}]")
+    return calib, number if seed is None else seed, count / CALIBRATION
 
 
 def _check_out(out: Path, form: str) -> None:

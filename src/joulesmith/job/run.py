@@ -148,6 +148,7 @@ class _Job:
         found, folder = self.done, self.ws.folder
         steps = (Quantize(types=dict(found.trial.types), seed=self.s.seed),)
         calibration = {
+            "calib": self.s.calib,
             "text": found.inputs.calibration_text,
             "windows": list(found.inputs.calibration.shape),
             "seed": self.s.seed,
