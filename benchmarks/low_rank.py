@@ -20,14 +20,12 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
 from joulesmith import models, text
-from joulesmith.architectures import rope_rows, tensor_refs
 from joulesmith.atomic import atomic_path
 from joulesmith.compress.lowrank.factors import stored
 from joulesmith.compress.lowrank.ranks import Curve, choose_ranks
@@ -45,71 +43,6 @@ OURS: dict[str, dict[str, Any]] = {
     "ours": {},
 }
 ALWAYS = ("dense", "plain SVD", "SVD-LLM (whitening)", "SVD-LLM (whitening), pivoted", "ours")
-
-
-def stories(path: Path) -> models.Model:
-    """A llama2.c checkpoint (float32) as a `Model`; its tokenizer only knows BOS."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    raw = np.fromfile(path, "<f4")
-    dim, hidden, depth, heads, kv_heads, vocab, length = np.fromfile(path, "<i4", 7).tolist()
-    tied, vocab, head = vocab > 0, abs(vocab), dim // heads
-    kv = kv_heads * head
-    shapes = {
-        "embed_tokens": (vocab, dim),
-        "input_layernorm": (depth, dim),
-        "self_attn.q_proj": (depth, dim, dim),
-        "self_attn.k_proj": (depth, kv, dim),
-        "self_attn.v_proj": (depth, kv, dim),
-        "self_attn.o_proj": (depth, dim, dim),
-        "post_attention_layernorm": (depth, dim),
-        "mlp.gate_proj": (depth, hidden, dim),
-        "mlp.down_proj": (depth, dim, hidden),
-        "mlp.up_proj": (depth, hidden, dim),
-        "norm": (dim,),
-        "rotary": (2, length, head // 2),
-    }
-    at, state = 7, {}
-    for name, shape in shapes.items():
-        values = torch.from_numpy(raw[at : at + math.prod(shape)].reshape(shape).copy())
-        at += math.prod(shape)
-        if len(shape) < 3 and name not in ("input_layernorm", "post_attention_layernorm"):
-            state[f"model.{name}.weight"] = values
-            continue
-        for i in range(depth if name != "rotary" else 0):
-            w = values[i]
-            if name.endswith(("q_proj", "k_proj")):  # neighbouring rotary pairs -> halves
-                rows = torch.from_numpy(rope_rows(len(w), len(w) // head))
-                w = torch.empty_like(w).index_copy_(0, rows, w)
-            state[f"model.layers.{i}.{name}.weight"] = w
-    state["lm_head.weight"] = (
-        state["model.embed_tokens.weight"]
-        if tied
-        else torch.from_numpy(raw[at : at + vocab * dim].reshape(vocab, dim).copy())
-    )
-    if at + (0 if tied else vocab * dim) != raw.size:
-        raise SystemExit(f"{path}: not a llama2.c checkpoint")
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=dim,
-        intermediate_size=hidden,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=length,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    module = LlamaForCausalLM(config).eval()
-    module.load_state_dict(state)
-    tokenizer: Any = SimpleNamespace(bos=1, eos=2, add_bos=True)
-    named = {n: tuple(p.shape) for n, p in module.named_parameters()}
-    count = sum(p.numel() for p in module.parameters())
-    refs = tensor_refs(named, config)
-    name = "stories260K (llama2.c, float32)"
-    return models.Model(name, module, tokenizer, "llama", count, name, path, None, {}, refs)
 
 
 def perplexity(model: models.Model, windows: np.ndarray) -> float:
@@ -197,7 +130,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     if args.stories:
         length = 256
-        load: Callable[[], models.Model] = lambda: stories(args.stories)  # noqa: E731
+        load: Callable[[], models.Model] = lambda: models.load(args.stories)  # noqa: E731
         first = load()
 
         def calibration(seed: int) -> np.ndarray:

@@ -1,13 +1,11 @@
-"""The comparison of quantizers: the llama2.c reader, counted bits, nearest rounding, the table."""
+"""The comparison of quantizers: filled-up MLPs, counted bits, nearest rounding, the table."""
 
 from __future__ import annotations
 
 import json
-import struct
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,107 +13,28 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.quantizers import llama2c, settings, table
+from benchmarks.quantizers import settings, table
 from benchmarks.quantizers.peers.nearest import rounded
 from benchmarks.quantizers.peers.ours import type_name
 from benchmarks.quantizers.runs import read_lines
+from benchmarks.quantizers.subjects import pad_mlp
 
+from joulesmith import models
 from joulesmith.compress.quantize.grids import grid
-
-DIM, HIDDEN, LAYERS, HEADS, KV, VOCAB, LENGTH = 16, 20, 2, 4, 2, 11, 8
-HEAD = DIM // HEADS
+from tiny import write_tiny
 
 
-def _tensors(seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-
-    def t(*shape: int) -> np.ndarray:
-        return (rng.standard_normal(shape) / shape[-1] ** 0.5).astype("<f4")
-
-    def norm(*shape: int) -> np.ndarray:
-        return (1 + 0.1 * rng.standard_normal(shape)).astype("<f4")
-
-    kv = KV * HEAD
-    return [
-        t(VOCAB, DIM), norm(LAYERS, DIM), t(LAYERS, DIM, DIM), t(LAYERS, kv, DIM),
-        t(LAYERS, kv, DIM), t(LAYERS, DIM, DIM), norm(LAYERS, DIM), t(LAYERS, HIDDEN, DIM),
-        t(LAYERS, DIM, HIDDEN), t(LAYERS, HIDDEN, DIM), norm(DIM), t(2, LENGTH, HEAD // 2),
-    ]  # fmt: skip
-
-
-def _write(path: Path, tensors: list[np.ndarray]) -> Path:
-    header = struct.pack("<7i", DIM, HIDDEN, LAYERS, HEADS, KV, VOCAB, LENGTH)
-    path.write_bytes(header + b"".join(t.tobytes() for t in tensors))
-    return path
-
-
-def _forward(tensors: list[np.ndarray], ids: list[int]) -> np.ndarray:
-    """What run.c computes, in float64: rotary pairs are neighbours."""
-    emb, n1, q, k, v, o, n2, w1, w2, w3, n3, _ = (t.astype(np.float64) for t in tensors)
-
-    def norm(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-        return w * x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
-
-    def turn(x: np.ndarray) -> np.ndarray:
-        y = x.copy()
-        for pos in range(x.shape[0]):
-            for i in range(0, HEAD, 2):
-                angle = pos / 10000.0 ** (i / HEAD)
-                a, b = x[pos, :, i], x[pos, :, i + 1]
-                y[pos, :, i] = a * np.cos(angle) - b * np.sin(angle)
-                y[pos, :, i + 1] = a * np.sin(angle) + b * np.cos(angle)
-        return y
-
-    x, n = emb[ids], len(ids)
-    for layer in range(LAYERS):
-        h = norm(x, n1[layer])
-        query = turn((h @ q[layer].T).reshape(n, HEADS, HEAD))
-        key = turn((h @ k[layer].T).reshape(n, KV, HEAD)).repeat(HEADS // KV, 1)
-        value = (h @ v[layer].T).reshape(n, KV, HEAD).repeat(HEADS // KV, 1)
-        out = np.zeros((n, HEADS, HEAD))
-        for i in range(n):
-            score = np.einsum("hd,jhd->hj", query[i], key[: i + 1]) / HEAD**0.5
-            share = np.exp(score - score.max(-1, keepdims=True))
-            share /= share.sum(-1, keepdims=True)
-            out[i] = np.einsum("hj,jhd->hd", share, value[: i + 1])
-        x = x + out.reshape(n, DIM) @ o[layer].T
-        h = norm(x, n2[layer])
-        gate = h @ w1[layer].T
-        x = x + (gate / (1 + np.exp(-gate)) * (h @ w3[layer].T)) @ w2[layer].T
-    return norm(x, n3) @ emb.T
-
-
-@pytest.mark.parametrize("pad_to", [1, 32])
-def test_transformers_computes_what_run_c_does(tmp_path: Path, pad_to: int) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tensors = _tensors()
-    config, state = llama2c.read(_write(tmp_path / "m.bin", tensors), pad_to)
-    assert config["intermediate_size"] == -(-HIDDEN // pad_to) * pad_to
-    module = LlamaForCausalLM(LlamaConfig(**config)).eval()
-    loaded = {k: torch.from_numpy(v) for k, v in state.items()}
-    loaded["lm_head.weight"] = loaded["model.embed_tokens.weight"]
-    module.load_state_dict(loaded)
-    ids = [3, 1, 7, 0, 10, 5]
+def test_a_filled_up_mlp_says_the_same(tmp_path: Path) -> None:
+    model = models.load(write_tiny(tmp_path / "model", steps=0))
+    ids = torch.arange(20)[None]
     with torch.no_grad():
-        found = module(input_ids=torch.tensor([ids])).logits[0].numpy()
-    assert np.abs(found - _forward(tensors, ids)).max() < 1e-5
-
-
-@pytest.mark.parametrize("change", [-4, 4, None])
-def test_a_file_of_another_size_is_refused(tmp_path: Path, change: int | None) -> None:
-    path = _write(tmp_path / "m.bin", _tensors())
-    raw = path.read_bytes()
-    path.write_bytes(raw[:10] if change is None else raw + b"0" * 4 if change > 0 else raw[:change])
-    with pytest.raises(ValueError, match=r"m\.bin"):
-        llama2c.read(path)
-
-
-def test_impossible_heads_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "m.bin"
-    path.write_bytes(struct.pack("<7i", 16, 20, 2, 3, 2, 11, 8))
-    with pytest.raises(ValueError, match="header"):
-        llama2c.read(path)
+        before = model.module(ids).logits
+        pad_mlp(model.module, 64)
+        assert torch.allclose(model.module(ids).logits, before, atol=1e-5)
+    assert model.module.config.intermediate_size == 128
+    models.save(model, tmp_path / "saved")
+    again = models.load(tmp_path / "saved")
+    assert again.ref("blk.0.ffn_down.weight").shape == (64, 128)
 
 
 @given(st.sampled_from([2, 3, 4, 8]), st.sampled_from([32, 64, 128]), st.booleans())

@@ -451,6 +451,20 @@ def test_shards_by_index(folder):
     refused(folder, "damaged index")
 
 
+def test_a_tensor_given_twice_is_one_line(folder):
+    """The safetensors library takes the second of two tensors of one name without a word."""
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    n = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + n].rstrip()
+    found = json.loads(header)
+    found.pop("__metadata__", None)
+    entry = json.dumps({"model.norm.weight": found["model.norm.weight"]})[1:-1]
+    header = header[:-1] + b"," + entry.encode() + b"}"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + n :])
+    refused(folder, "a key appears twice")
+
+
 def test_damaged_tokenizers_are_one_line(folder):
     (folder / "tokenizer.json").write_text("{")
     refused(folder, "damaged tokenizer.json")

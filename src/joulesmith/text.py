@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from joulesmith.errors import JoulesmithError, MissingExtraError
+from joulesmith.models import cache_word
 
 if TYPE_CHECKING:
     import torch
@@ -192,6 +193,7 @@ def self_samples(
     out = torch.empty((n_windows, length), dtype=torch.int64)
     out[:, 0] = start_token(model)
     weights = _sampling_weights(model.module)
+    word = cache_word(model.module)
     with torch.inference_mode(), _threads(), _one_query_attention(model.module) as seen:
         for at in range(0, n_windows, _BATCH):
             rows = out[at : at + _BATCH]
@@ -201,7 +203,7 @@ def self_samples(
             cache = StaticCache(config=model.module.config, max_cache_len=length)
             for i in range(1, length):
                 seen[0] = i
-                given = {"input_ids": rows[:, i - 1 : i], "past_key_values": cache}
+                given = {"input_ids": rows[:, i - 1 : i], word: cache}
                 step = torch.func.functional_call(
                     model.module, weights, kwargs={**given, "use_cache": True}
                 )

@@ -118,6 +118,16 @@ def tokenizer_of_folder(folder: Path, config: Any) -> tuple[Tokenizer, dict[str,
     return ours, keys
 
 
+def tokenizer_of_sentencepiece(path: Path, config: Any) -> tuple[Tokenizer, dict[str, MetaValue]]:
+    """The tokenizer of a SentencePiece model on its own, and its GGUF keys.
+
+    Raises `JoulesmithError` as `tokenizer_of_folder`.
+    """
+    keys = _from_sentencepiece(path, config.vocab_size, {})
+    keys.update(_special(keys, {}, config, None))
+    return tokenizer_from_metadata(keys, path), keys
+
+
 def write_tokenizer(tokenizer: Tokenizer, metadata: dict[str, MetaValue], folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json that transformers reads."""
     backend = library().Tokenizer.from_str(tokenizer.backend.to_str())

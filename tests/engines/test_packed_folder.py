@@ -144,7 +144,7 @@ def nan(t: torch.Tensor) -> torch.Tensor:
         (lambda t: t.pop(LAYER + "weight_packed"), "is missing"),
         (lambda t: t.__setitem__(LAYER + "weight_g_idx", torch.zeros(64)), "unexpected tensor"),
         (lambda t: t.__setitem__("model.embed_tokens.weight_packed", torch.zeros(1)),
-         "outside the blocks"),
+         "a packed embedding"),
         (put("model.norm.weight", lambda t: t * torch.nan), "NaN"),
         (put("model.norm.weight", lambda t: t[1:].contiguous()), "shape"),
     ],
@@ -223,4 +223,14 @@ def test_several_schemes_need_full_names(good: Path, tmp_path: Path) -> None:
     groups["group_1"] = groups["group_0"] | {"targets": ["re:(a+)+$"]}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(JoulesmithError, match="full names"):
+        load_packed(folder)
+
+
+def test_sparse_layouts_are_refused_by_name(good: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sparse"
+    shutil.copytree(good, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["sparsity_config"] = {"format": "sparse-24-bitmask"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(JoulesmithError, match=r"stored as sparse-24-bitmask: .* dropped"):
         load_packed(folder)

@@ -134,6 +134,18 @@ def test_a_failed_write_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_factors_that_are_not_finite_are_one_line(model: models.Model, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    write_peft(model, pairs(model, {Q: 3}), tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = torch.inf
+    save_file(tensors, file)
+    with pytest.raises(JoulesmithError, match="NaN or infinity"):
+        read_peft(tmp_path / "a")
+
+
 def test_damaged_adapters_are_one_line(model: models.Model, tmp_path: Path) -> None:
     write_peft(model, pairs(model, {UP: 4}), tmp_path / "p")
     weights, settings_file = (

@@ -134,6 +134,19 @@ def test_the_recipe_makes_the_same_bytes(
     assert [(t.name, t.type) for t in again.tensors] == [(t.name, t.type) for t in exported.tensors]
     for t in again.tensors:
         assert np.array_equal(again.data(t.name), exported.data(t.name)), t.name
+    # `joulesmith quantize --recipe` makes the same file.
+    from joulesmith.job.quantize import quantize
+    from joulesmith.progress import Progress
+
+    with open(os.devnull, "w") as nowhere:
+        quantize(
+            str(tiny), None, tmp_path / "q.gguf", recipe=out / "recipe.yaml", form="gguf",
+            progress=Progress({}, stream=nowhere),
+        )  # fmt: skip
+    made = read_gguf(tmp_path / "q.gguf")
+    assert {t.name: t.type for t in made.tensors} == {t.name: t.type for t in exported.tensors}
+    for t in exported.tensors:
+        assert np.array_equal(made.data(t.name), exported.data(t.name)), t.name
 
 
 @pytest.mark.parametrize("moment", ["reference:", "joule table:", "round:", "search:", "judge:"])

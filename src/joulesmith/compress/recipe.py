@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from joulesmith.models import Model
 
 
+_MAX_BYTES = 1 << 20
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Steps, and where they came from.
@@ -45,33 +48,45 @@ class Recipe:
             records.append(step.apply(model, calibration, tick))
         return records
 
-    def save(self, path: Path) -> None:
-        """Write YAML, whole or not at all."""
-        plain = {
+    def to_plain(self) -> dict[str, Any]:
+        """As a file has it."""
+        return {
             "joulesmith_recipe": 1,
             "model": self.model,
             "calibration": self.calibration,
             "steps": [to_plain(s) for s in self.steps],
         }
+
+    def save(self, path: Path) -> None:
+        """Write YAML, whole or not at all."""
         with atomic_path(path) as temporary:
-            temporary.write_text(_yaml().safe_dump(plain, sort_keys=False, width=100))
+            temporary.write_text(_yaml().safe_dump(self.to_plain(), sort_keys=False, width=100))
 
 
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe. Raises `JoulesmithError` in one line for anything that is not one."""
     yaml = _yaml()
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.is_file() and path.stat().st_size > _MAX_BYTES:
+            raise JoulesmithError(f"absurdly large for a recipe: {path}")
+        text = path.read_text(encoding="utf-8")
+        # An alias costs a few bytes and may stand for gigabytes; recipes need none.
+        if any(isinstance(t, yaml.AliasToken) for t in yaml.scan(text)):
+            raise JoulesmithError(f"a recipe has no anchors and aliases: {path}: write them out")
+        plain = yaml.safe_load(text)
     except OSError as e:
         raise JoulesmithError(f"cannot read {path}: {e.strerror or e}") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
         raise JoulesmithError(f"not YAML: {path}: {str(e).splitlines()[0]}") from e
     if not isinstance(plain, dict) or plain.get("joulesmith_recipe") != 1:
         raise JoulesmithError(f"not a joulesmith recipe (joulesmith_recipe: 1 is missing): {path}")
+    calibration = plain.get("calibration") or {}
+    if not isinstance(calibration, dict):
+        raise JoulesmithError(f"calibration must be a table: {path}")
     return Recipe(
         steps=tuple(_step(s, i, path) for i, s in enumerate(_list(plain.get("steps"), path))),
         model=str(plain.get("model", "")),
-        calibration=dict(plain.get("calibration") or {}),
+        calibration=calibration,
     )
 
 

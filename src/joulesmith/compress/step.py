@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from joulesmith.progress import Tick, silent
 
 if TYPE_CHECKING:
+    import torch
+
     from joulesmith.compress.quantize.activations import InputQuantizer
     from joulesmith.compress.quantize.kv_cache import KVScheme
     from joulesmith.models import Model
@@ -26,7 +28,8 @@ class StepRecord:
     packed: GGUF tensor name -> (type name, uint8 (rows, bytes a row)) for tensors
     that are stored as blocks from here on. A step that changes the module's
     parameters in place leaves it empty. inputs: module name -> what rounds a linear layer's
-    inputs. cache: how keys and values are cached.
+    inputs. cache: how keys and values are cached. factors: GGUF tensor name -> (outer, inner),
+    whose product is added to the packed matrix; rows in GGUF's order.
     """
 
     step: str
@@ -34,6 +37,7 @@ class StepRecord:
     notes: tuple[str, ...] = ()
     inputs: dict[str, InputQuantizer] = field(default_factory=dict)
     cache: KVScheme | None = None
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 class Step(BaseModel):
@@ -60,6 +64,7 @@ def register(cls: S) -> S:
 
 def find(name: str) -> type[Step]:
     """The step of that name; raises `KeyError`. Importing here keeps the registry complete."""
+    import joulesmith.compress.lowrank.absorb_step
     import joulesmith.compress.lowrank.step
     import joulesmith.compress.quantize.fold_steps
     import joulesmith.compress.quantize.input_step

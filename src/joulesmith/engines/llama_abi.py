@@ -166,6 +166,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_vocab_n_tokens": (_I32, [Pointer]),
     "llama_init_from_model": (Pointer, [Pointer, ContextParams]),
     "llama_free": (None, [Pointer]),
+    "llama_adapter_lora_init": (Pointer, [Pointer, _STR]),
+    "llama_set_adapters_lora": (_I32, [Pointer, Pointer, _SIZE, Pointer]),
     "llama_get_memory": (Pointer, [Pointer]),
     "llama_memory_clear": (None, [Pointer, C.c_bool]),
     "llama_batch_get_one": (Batch, [Pointer, _I32]),

@@ -29,12 +29,18 @@ class Model:
     """An opened model with one context of ``context`` tokens on ``threads`` threads.
 
     cache_type: of keys and values; other than the default F16, flash attention is asked for,
-    without which llama.cpp keeps no quantized values.
+    without which llama.cpp keeps no quantized values. adapter: a GGUF LoRA to add, scale 1.
     Raises `EngineError` with llama.cpp's own words when it refuses the file.
     """
 
     def __init__(
-        self, library: Library, path: str, context: int, threads: int, cache_type: str = "F16"
+        self,
+        library: Library,
+        path: str,
+        context: int,
+        threads: int,
+        cache_type: str = "F16",
+        adapter: str | None = None,
     ) -> None:
         self._c = c = library.c
         self._library = library
@@ -66,11 +72,23 @@ class Model:
         if not self._memory:
             self.close()
             raise EngineError(f"not a causal language model: {path}")
+        if adapter is not None:
+            self._adapt(adapter)
         self.context = context
         self.vocab = int(c.llama_vocab_n_tokens(c.llama_model_get_vocab(self._model)))
         self.weight_bytes = int(c.llama_model_size(self._model))
         self._pool = ThreadPoolExecutor(threads)
         self._warm_prefill = 0
+
+    def _adapt(self, adapter: str) -> None:
+        """Add an adapter to all that follows; it is freed with the model."""
+        found = self._c.llama_adapter_lora_init(self._model, str(adapter).encode())
+        # Arrays of one: an adapter and its scale.
+        one, scale = (C.c_void_p * 1)(found), (C.c_float * 1)(1.0)
+        if not found or self._c.llama_set_adapters_lora(self._context, one, 1, scale):
+            told = self._library.take_errors() or "refused"
+            self.close()
+            raise EngineError(f"llama.cpp cannot load the adapter {adapter}: {told}")
 
     def close(self) -> None:
         """Free the context and the model."""

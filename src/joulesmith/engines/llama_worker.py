@@ -54,11 +54,18 @@ class Worker:
         version = f"llama.cpp {lib.version}{number} ({source}, {digest})"
         return {"version": version, "system_info": lib.system_info, "path": str(lib.path)}, []
 
-    def op_load(self, path: str, context: int, threads: int, cache_type: str = "F16") -> Answer:
+    def op_load(
+        self,
+        path: str,
+        context: int,
+        threads: int,
+        cache_type: str = "F16",
+        adapter: str | None = None,
+    ) -> Answer:
         from joulesmith.engines.llama_model import Model
 
         assert self._library is not None
-        self._model = Model(self._library, path, context, threads, cache_type)
+        self._model = Model(self._library, path, context, threads, cache_type, adapter)
         return {"vocab": self._model.vocab, "weight_bytes": self._model.weight_bytes}, []
 
     def op_logits(self, tokens: wire.Array) -> Answer:

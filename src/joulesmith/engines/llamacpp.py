@@ -108,17 +108,19 @@ class LlamaCpp:
         context: int = 1024,
         threads: int | None = None,
         cache_type: str = "F16",
+        adapter: Path | None = None,
     ) -> LlamaSession:
         """Load a GGUF file into a new worker process.
 
         context: tokens a request may have, prompt and continuation together.
         threads: default `available_threads`. cache_type: of keys and values, one of
-        `CACHE_TYPES`. Raises `EngineError` when the file is absent, refused, or crashes
-        llama.cpp, and for another cache type.
+        `CACHE_TYPES`. adapter: a GGUF LoRA that is added to the weights. Raises `EngineError`
+        when a file is absent, refused, or crashes llama.cpp, and for another cache type.
         """
         path = Path(path)
-        if not path.is_file():
-            raise EngineError(f"no such model file: {path}")
+        for file in (path, *(() if adapter is None else (adapter,))):
+            if not file.is_file():
+                raise EngineError(f"no such model file: {file}")
         if context < 1:
             raise EngineError(f"context must be at least 1 token, got {context}")
         if cache_type not in CACHE_TYPES:
@@ -135,6 +137,7 @@ class LlamaCpp:
                     "context": context,
                     "threads": threads,
                     "cache_type": cache_type,
+                    "adapter": None if adapter is None else str(adapter),
                 }
             )
         except EngineError as e:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 _BITS = (4, 8)
+_SPARSE = ("sparse-24-bitmask", "sparse-bitmask", "marlin-24")
+"""Layouts of older versions of compressed-tensors; 0.19 and 0.20 have no code that reads them."""
 _AGAIN = "quantize or download the model again"
 
 
@@ -181,6 +183,14 @@ def _schemes(folder: Path) -> _Schemes:
         raise _refused(folder, "no config_groups")
     if found.get("kv_cache_scheme"):
         raise _refused(folder, "a quantized key-value cache")
+    sparse = found.get("sparsity_config")
+    form = sparse.get("format") if isinstance(sparse, dict) else None
+    for name in (form, found.get("format")):
+        if name in _SPARSE:
+            raise JoulesmithError(
+                f"weights are stored as {name}: {folder}: the compressed-tensors library dropped "
+                "sparse layouts and nothing loads them: give the dense model"
+            )
     default, by_name = None, {}
     for group in groups.values():
         if not isinstance(group, dict):
@@ -240,9 +250,9 @@ class _Packed:
         self._shelf, self._where = shelf, f"{ref.parameter}: {folder}"
         self._base = ref.parameter.removesuffix("weight")
         scheme = schemes.of(self._base.rstrip("."))
-        if scheme is None or not ref.is_matrix or ref.layer is None:
+        if scheme is None or not ref.is_matrix or ref.role == "token_embd":
             raise JoulesmithError(
-                f"packed outside the blocks or without a scheme: {self._where}: {_AGAIN}"
+                f"a packed embedding, or packed without a scheme: {self._where}: {_AGAIN}"
             )
         self.rows, self.columns = ref.shape
         group = scheme.group or self.columns

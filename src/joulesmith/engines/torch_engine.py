@@ -17,6 +17,7 @@ from joulesmith.energy.memory import own_peak
 from joulesmith.engines.base import Bench, Scores
 from joulesmith.engines.reference import open_reference
 from joulesmith.errors import EngineError
+from joulesmith.models import cache_word
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +29,8 @@ class TorchSession:
     """A `Session` on a loaded module; closing it leaves the module to its owner.
 
     module: called as ``module(input_ids=..., past_key_values=..., use_cache=...)`` and
-    answering ``.logits`` and ``.past_key_values``. device: where it lives already or is
-    moved to. Metering is of this process and its descendants.
+    answering ``.logits`` and ``.past_key_values`` (or as `models.cache_word` has it). device:
+    where it lives already or is moved to. Metering is of this process and its descendants.
     """
 
     def __init__(self, module: Any, device: str = "cpu") -> None:
@@ -38,6 +39,7 @@ class TorchSession:
         self._torch = torch
         self.device = torch.device(device)
         self._module: Any = module.to(self.device)
+        self._word = cache_word(module)
         self._meter: Any = None
 
     def __enter__(self) -> TorchSession:
@@ -61,7 +63,10 @@ class TorchSession:
             raise EngineError("the engine session is closed")
         # only generation may skip the head for all but the last position
         extra = {"logits_to_keep": 1} if last and self._keeps else {}
-        return self._module(input_ids=ids, past_key_values=past, use_cache=cache, **extra)
+        return self._module(input_ids=ids, use_cache=cache, **{self._word: past}, **extra)
+
+    def _cache_of(self, answer: Any) -> Any:
+        return getattr(answer, self._word)
 
     @property
     def _keeps(self) -> bool:
@@ -148,7 +153,7 @@ class TorchSession:
             while len(out) < n:
                 answer = self._run(step, past, cache=True, last=True)
                 step = answer.logits[:, -1].argmax(dim=-1, keepdim=True)
-                past = answer.past_key_values
+                past = self._cache_of(answer)
                 out.append(int(step))
         return out
 
@@ -166,7 +171,7 @@ class TorchSession:
         steps = [ids[:, i : i + 1] for i in range(prefill, prefill + decode)]
         with self._quiet():
             warm = self._run(prompt[:, :32], None, cache=True, last=True)
-            self._run(steps[0], warm.past_key_values, cache=True, last=True)
+            self._run(steps[0], self._cache_of(warm), cache=True, last=True)
             del warm
             self._wait()
             with self._meter.window("prefill") as first:
@@ -174,7 +179,7 @@ class TorchSession:
                 self._wait()
             with self._meter.window("decode") as second:
                 for step in steps:
-                    past = answer.past_key_values
+                    past = self._cache_of(answer)
                     answer = self._run(step, past, cache=True, last=True)
                 self._wait()
         return Bench(prefill, decode, first.reading, second.reading, own_peak())

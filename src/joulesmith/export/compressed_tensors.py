@@ -46,7 +46,8 @@ def write_compressed(
     """Write ``model`` with these matrices packed; returns the bytes of the weights.
 
     packed: GGUF name -> (name of an `IntGrid` or `Fp8Grid`, packed rows in GGUF's order), of
-    matrices inside decoder blocks; the rest of the model is written as it is. inputs: the same
+    matrices inside decoder blocks, and of a head that is not the embedding; the rest of the model
+    is written as it is. inputs: the same
     names -> what rounds the layer's inputs; none for weight-only types. folder: absent or
     empty; complete or not at all. Raises `JoulesmithError`, before anything is written,
     for a matrix, a type or a mixture that engines cannot load, and for weights beyond float16.
@@ -104,8 +105,8 @@ def _layer(
             f"{name} is {kind}: engines load packed integers of 4 and 8 bits (INT4-G128, "
             "INT8-G64-ZP ...)"
         )
-    if ref.layer is None:
-        raise JoulesmithError(f"{name} is not inside a block: engines keep it in float16")
+    if ref.role == "token_embd":
+        raise JoulesmithError(f"{name} is the embedding: engines keep it in float16")
     order = np.argsort(ref.rows) if ref.rows is not None else np.arange(ref.shape[0])
     found = Packed(g, packed[order], (ref.shape[0], ref.shape[1]), inputs)
     check(name, found)

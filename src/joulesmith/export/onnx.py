@@ -26,6 +26,7 @@ from joulesmith.atomic import atomic_folder
 from joulesmith.compress.quantize.grids import Bytes, grid
 from joulesmith.compress.quantize.integers import IntGrid, pack_codes
 from joulesmith.errors import JoulesmithError, MissingExtraError
+from joulesmith.models import cache_word
 
 if TYPE_CHECKING:
     from joulesmith.models import Model
@@ -47,7 +48,8 @@ def export_onnx(
     """Write ``model`` with these matrices packed; returns the bytes of the weights.
 
     packed: as `compressed_tensors.write_compressed`: GGUF name -> (name of an `IntGrid`,
-    packed rows in GGUF's order), of matrices inside decoder blocks; may be empty.
+    packed rows in GGUF's order), of matrices inside decoder blocks and of a head that is
+    not the embedding; may be empty.
     folder: absent or empty; complete or not at all. Raises `JoulesmithError`, before
     anything is written, for a matrix or type that engines cannot load, scales that are not
     finite, and weights beyond float16; `MissingExtraError` without the extra ``[onnx]``.
@@ -83,8 +85,8 @@ def packed_layers(model: Model, packed: Mapping[str, tuple[str, Bytes]]) -> dict
                 f"{name} is {kind}: ONNX Runtime and OpenVINO load integers of 4 and 8 bits in "
                 f"groups of a power of two from {LEAST_GROUP} up (INT4-G32, INT8-G128-ZP ...)"
             )
-        if ref.layer is None:
-            raise JoulesmithError(f"{name} is not inside a block: engines keep it in float16")
+        if ref.role == "token_embd":
+            raise JoulesmithError(f"{name} is the embedding: engines keep it in float16")
         owner = model.module.get_submodule(ref.parameter.removesuffix(".weight"))
         if not isinstance(owner, nn.Linear):
             raise JoulesmithError(f"{name} is no linear layer: it cannot be packed in ONNX")
@@ -159,7 +161,7 @@ class _WithCache(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.word = module, cache_word(module)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
@@ -173,10 +175,10 @@ class _WithCache(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
+            **{self.word: cache},
         )
-        flat = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
+        flat = [t for layer in getattr(out, self.word).layers for t in (layer.keys, layer.values)]
         return out.logits, *flat
 
 

@@ -23,6 +23,10 @@ LENGTH = 256
 """Tokens a window: long enough for context, short enough for many independent windows."""
 
 
+CALIBRATION = 64
+"""Windows that are calibrated on, at a share of 1."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Windows of int32 tokens, each (n, LENGTH), and in words where they come from."""
@@ -57,7 +61,7 @@ def gather(
             words = json.loads(str(z["words"]))
             return Inputs(z["calibration"], z["search"], z["final"], *words)
     counts = {"search": max(8, round(32 * share)), "final": 32}
-    wanted = {"calibration": max(16, round(64 * share))}
+    wanted = {"calibration": max(16, round(CALIBRATION * share))}
     judged = text.english() if evaluation is None else text.read(evaluation)
     fitted = None if calib is None else text.read(calib)
     # One text for both is split three ways, so that no window is shared.

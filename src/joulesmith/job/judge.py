@@ -73,9 +73,12 @@ def bits_per_weight(model: Model, types: Mapping[str, str]) -> float:
     return 8 * stored / sum(r.shape[0] * r.shape[1] for r in model.matrices())
 
 
-def score_file(engine: Engine, path: Path, reference: Reference) -> Quality:
-    """Load a model file and judge it against ``reference``."""
-    with engine.load(path, context=reference.windows.shape[1]) as session:
+def score_file(
+    engine: Engine, path: Path, reference: Reference, adapter: Path | None = None
+) -> Quality:
+    """Load a model file, and in llama.cpp an adapter, and judge it against ``reference``."""
+    more: Any = {} if adapter is None else {"adapter": adapter}
+    with engine.load(path, context=reference.windows.shape[1], **more) as session:
         return judge(session.score(reference.windows, reference.path), reference)
 
 

@@ -1,10 +1,11 @@
-"""One type for all matrices, judged and written: `joulesmith quantize`.
+"""A model quantized, judged and written in a format of choice: `joulesmith quantize`.
 
-    model + text -> reference -> rounded matrices -> refined -> (ranges) -> judged -> folder
+    model + text -> reference -> recipe applied -> judged -> file or folder -> judged there
 
-Types that round inputs too (`SCHEMES`) smooth each block before it is rounded where they are
-integers, and are judged with rounded inputs. No joules are measured and nothing is searched;
-`run` does both.
+The recipe comes from the options or from a file, and is written with the model. Types that
+round inputs too (`SCHEMES`) smooth each block before it is rounded where they are integers,
+and are judged with rounded inputs. No joules are measured and nothing is searched; `run` does
+both.
 """
 
 from __future__ import annotations
@@ -12,37 +13,38 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from joulesmith.compress.quantize.activations import InputQuantizer, Scheme, quantized_inputs
 from joulesmith.compress.quantize.input_types import (
+    SCHEMES,
     module_of,
-    row_type,
     static_inputs,
     too_wide,
     words,
 )
-from joulesmith.compress.quantize.integers import IntGrid
+from joulesmith.compress.quantize.kv_step import QuantizeCache
+from joulesmith.compress.recipe import Recipe, read_recipe
 from joulesmith.errors import JoulesmithError
-from joulesmith.job.inputs import Inputs, gather
-from joulesmith.job.refine import EFFORTS, Packed, refine
+from joulesmith.export import forms
+from joulesmith.job import apply, recipes
+from joulesmith.job.inputs import CALIBRATION, LENGTH, Inputs, gather
+from joulesmith.job.refine import EFFORTS
 from joulesmith.progress import Progress, Tick
-from joulesmith.quality import Quality, judge, write_reference
+from joulesmith.quality import Quality, Reference, judge, write_reference
 from joulesmith.workspace import Workspace
 
 if TYPE_CHECKING:
     from joulesmith.architectures import TensorRef
-    from joulesmith.compress.quantize.kv_cache import KVScheme
     from joulesmith.compress.quantize.smooth_step import Smoothed
     from joulesmith.models import Model
     from joulesmith.plan.candidates import Candidates
 
 STAGES = {"load": 5, "text": 40, "reference": 20, "round": 90, "judge": 25, "write": 3}
-_RANGES, _CACHE = 15, 25  # costs of the stages that not every type has
-_UNTOUCHED = "F16"
-FORMATS = ("compressed-tensors", "onnx", "openvino")
+_RANGES, _CACHE, _ENGINE = 15, 25, 20  # costs of the stages that not every run has
+RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,18 @@ class Cache:
 class Quantized:
     """What came out.
 
-    folder: of the model. bytes: of its weights. bits_per_weight: of the matrices that
-    were quantized, scales and zeros counted. damage: layer name -> predicted KL, nats a
+    folder: of the model, or its file. bytes: of its weights. bits_per_weight: of the matrices
+    inside blocks as they are stored, scales and zeros counted. quality: of the weights in
+    torch, inputs rounded where the type does that. damage: layer name -> predicted KL, nats a
     token. origin: of the weights that it is compared with. inputs: what rounds the inputs of
     the quantized layers, in words, None where nothing does. by_token: layers
     of a static type that kept a scale by token. smoothing: sets of factors folded.
     cache: what a quantized key-value cache costs on top, None where it was not asked for.
     format, effort: as asked for; damage is that of rounding, before codes are learned or
-    scales tuned.
+    scales tuned. types: GGUF name -> type of each quantized matrix. notes: what the recipe's
+    steps had to tell. recipe: the file that makes the same again. adapter: LoRA beside the
+    model that it was judged with, None where there is none. engine: what ran the
+    written file, and engine_quality its quality there; None where it was not run.
     """
 
     folder: str
@@ -82,147 +88,178 @@ class Quantized:
     cache: Cache | None = None
     format: str = "compressed-tensors"
     effort: str = "default"
+    types: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    recipe: str = ""
+    adapter: str | None = None
+    engine: str | None = None
+    engine_quality: Quality | None = None
 
 
 def quantize(
     model: str,
-    kind: str,
+    kind: str | None,
     out: Path,
     *,
+    recipe: Path | None = None,
     calib: str | None = None,
     evaluation: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     kv_cache: int | None = None,
     effort: str = "default",
     rotate: bool = False,
+    embedding: str | None = None,
     form: str = "compressed-tensors",
     progress: Progress | None = None,
 ) -> Quantized:
-    """Round every matrix of the blocks to ``kind`` ("INT4-G128", "W8A8") and write a folder.
+    """Quantize ``model`` and write it to ``out``: a new folder, or for GGUF a new file.
 
-    form: "compressed-tensors", which vLLM and `transformers` load, "onnx" or "openvino". effort:
-    one of `refine.EFFORTS`. rotate: rotate the residual stream first (`rotate`). The working
-    files lie beside it in ``out.work`` until it is complete, and a run that was
-    interrupted goes on there. kv_cache: bits of a key-value cache to judge as well, 8 or 4;
-    a cache is the engine's to make, and nothing of it is in the folder. Raises
-    `JoulesmithError` for a type that engines cannot load, an ``out`` that exists, or text
-    that is missing.
+    kind: the type of all matrices in blocks ("INT4-G128", "W8A8", "Q4_K"), None for the
+    format's default; or ``recipe``, a file that says it all: then kind, effort, rotate,
+    embedding and kv_cache are not taken, and calib and seed default to the recipe's.
+    form: one of `forms.FORMATS`. effort: one of `refine.EFFORTS`. rotate: rotate the residual
+    stream first (`rotate`). embedding: type of embedding and head, see `recipes.recipe_of`.
+    kv_cache: bits of a key-value cache to judge as well, 8 or 4; a cache is the engine's to
+    make, and nothing of it is written.
+
+    The working files lie beside it in ``out.work`` until it is complete, and a run that was
+    interrupted goes on there. Raises `JoulesmithError` for types that the format cannot hold,
+    an ``out`` that exists, or text that is missing.
     """
-    from joulesmith.compress.quantize.input_types import SCHEMES
+    from joulesmith.compress.quantize.grids import grid
     from joulesmith.compress.quantize.kv_cache import DEFAULTS
     from joulesmith.models import load
 
-    if form not in FORMATS:
-        raise JoulesmithError(f"--format {form}: give one of {', '.join(FORMATS)}")
+    forms.ready(form)
     if effort not in EFFORTS:
         raise JoulesmithError(f"--effort {effort}: give one of {', '.join(EFFORTS)}")
-    scheme = SCHEMES.get(kind)
-    if scheme is not None and form != "compressed-tensors":
-        raise JoulesmithError(f"--type {kind} is written as compressed-tensors only, not {form}")
-    if scheme is not None and (rotate or effort != "default"):
-        raise JoulesmithError(f"--type {kind} takes no --rotate and no --effort: leave them out")
-    g = None if scheme is not None else _loadable(kind, form)
-    if scheme is None and not isinstance(g, IntGrid):
-        raise JoulesmithError(
-            f"--type {kind}: give integers of 4 or 8 bits by group, such as INT4-G128, "
-            f"INT4-G64-ZP or INT8-G128, or {', '.join(SCHEMES)}"
-        )
     if kv_cache is not None and kv_cache not in DEFAULTS:
         raise JoulesmithError(f"--kv-cache {kv_cache}: give 8 or 4 bits")
+    given, share = None if recipe is None else read_recipe(recipe), 1.0
+    if given is not None:
+        if (kind, effort, rotate, embedding, kv_cache) != (None, "default", False, None, None):
+            raise JoulesmithError(
+                "--recipe says it all: leave out --type, --effort, --rotate, --embedding and "
+                "--kv-cache"
+            )
+        calib, seed, share = _calibration(given, calib, seed)
+    seed = 0 if seed is None else seed
+    kind = kind or recipes.DEFAULT.get(form, "INT4-G64")
+    for name in (kind, embedding):
+        if name is not None and name not in SCHEMES:
+            grid(name)  # told before the model is loaded
     for path in (calib, evaluation):
         if path is not None and not path.startswith("hf:") and not Path(path).is_file():
             raise JoulesmithError(f"no such text file: {path}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise JoulesmithError(f"{out} exists: choose a new folder for --out")
+    _check_out(out, form)
     show = progress or Progress({})
     for name, cost in STAGES.items():
         show.expected.setdefault(name, cost)
-    arguments: dict[str, Any] = {
-        "model": model, "type": kind, "calib": calib, "eval": evaluation, "seed": seed,
-        "effort": effort, "rotate": rotate,
-    }  # fmt: skip
     with show.stage("load"):
         loaded = load(model)
-        inside = [r for r in loaded.matrices() if r.layer is not None]
-        if g is not None:
-            for ref in inside:
-                g.row_bytes(ref.shape[1])  # told before any work is done
-        if kv_cache is not None:
-            from joulesmith.compress.quantize.kv_layers import PackedCache
-
-            PackedCache(loaded.module.config, DEFAULTS[kv_cache])
+        if given is None:
+            steps = recipes.recipe_of(
+                loaded, form, kind, effort=effort, rotate=rotate, kv_cache=kv_cache,
+                embedding=embedding, seed=seed,
+            )  # fmt: skip
+        else:
+            steps, kind = given, "recipe"
+        fitted = recipes.fit(steps, loaded, form)
+        _check_cache(steps, loaded)
+    windows = [round(CALIBRATION * share), LENGTH]
+    told = {"calib": calib, "seed": seed, "windows": windows}
+    steps = replace(steps, model=loaded.name, calibration=told)
+    arguments: dict[str, Any] = {
+        "model": model, "recipe": steps.to_plain(), "calib": calib, "eval": evaluation,
+        "seed": seed,
+    }  # fmt: skip
     whole = out.resolve()  # "." has no name
     beside = whole.with_name(whole.name + ".work")
-    cache = None if kv_cache is None else DEFAULTS[kv_cache]
-    plan = _Plan(kind, scheme, cache, seed, effort, rotate, form)
     with Workspace(beside, arguments) as workspace:
         with show.stage("text") as tick:
-            inputs = gather(loaded, calib, evaluation, workspace.work, seed, 1.0, tick)
-        found = _run(loaded, inside, plan, inputs, out, workspace, show)
+            inputs = gather(loaded, calib, evaluation, workspace.work, seed, share, tick)
+        found = _run(loaded, steps, fitted, form, inputs, whole, workspace, show)
     shutil.rmtree(beside, ignore_errors=True)
-    return found
+    return replace(found, folder=str(out), type=kind, effort=effort)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What was asked for."""
+def _calibration(
+    given: Recipe, calib: str | None, seed: int | None
+) -> tuple[str | None, int, float]:
+    """The text and seed of a recipe, where the command does not say otherwise, and the share of
+    the usual number of windows that it was made with."""
+    told = given.calibration
+    theirs, number = told.get("calib"), told.get("seed", 0)
+    if theirs is not None and not isinstance(theirs, str):
+        raise JoulesmithError("the recipe's calibration: calib is no path")
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise JoulesmithError("the recipe's calibration: seed is no whole number")
+    if calib is None and theirs is not None:
+        if not theirs.startswith("hf:") and not Path(theirs).is_file():
+            raise JoulesmithError(
+                f"no such text file: {theirs}, on which the recipe calibrates: give --calib"
+            )
+        calib = theirs
+    windows = told.get("windows", [CALIBRATION, LENGTH])
+    count: Any = windows[0] if isinstance(windows, list) and windows else None
+    whole = isinstance(count, int) and not isinstance(count, bool)
+    if not whole or windows != [count, LENGTH] or not 16 <= count <= 4096:
+        raise JoulesmithError(f"the recipe's calibration: windows is not [16 to 4096, {LENGTH}]")
+    return calib, number if seed is None else seed, count / CALIBRATION
 
-    kind: str
-    scheme: Scheme | None
-    cache: KVScheme | None
-    seed: int
-    effort: str
-    rotate: bool
-    form: str
 
-    def type_of(self, ref: TensorRef) -> str:
-        """The grid of a matrix inside a block."""
-        return self.kind if self.scheme is None else row_type(self.scheme, ref.shape[1])
+def _check_out(out: Path, form: str) -> None:
+    if form == forms.GGUF:
+        if out.suffix.lower() != ".gguf":
+            raise JoulesmithError(f"--out {out}: a GGUF is a file: give a name such as {out}.gguf")
+        if out.exists():
+            raise JoulesmithError(f"{out} exists: choose a new file for --out")
+        for file in (beside_of(out), out.with_suffix(forms.ADAPTER_SUFFIX)):
+            if file.exists():
+                raise JoulesmithError(f"{file} exists: choose another --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise JoulesmithError(f"{out} exists: choose a new folder for --out")
+    elif out.suffix.lower() == ".gguf":
+        raise JoulesmithError(f"--out {out}: {form} is a folder: give another name")
+
+
+def beside_of(out: Path) -> Path:
+    """Where the recipe of a GGUF lies."""
+    return out.with_suffix(f".{RECIPE}")
+
+
+def _check_cache(recipe: Recipe, model: Model) -> None:
+    """Heads that a cache does not fit are told before any work is done."""
+    from joulesmith.compress.quantize.kv_cache import KVScheme
+    from joulesmith.compress.quantize.kv_layers import PackedCache
+
+    for step in recipe.steps:
+        if isinstance(step, QuantizeCache):
+            settings = {k: getattr(step, k) for k in QuantizeCache.model_fields}
+            PackedCache(model.module.config, KVScheme(**settings))
 
 
 def _run(
     model: Model,
-    inside: Sequence[TensorRef],
-    plan: _Plan,
+    recipe: Recipe,
+    fitted: recipes.Fitted,
+    form: str,
     inputs: Inputs,
     out: Path,
     workspace: Workspace,
     show: Progress,
 ) -> Quantized:
-    from joulesmith.compress.quantize.grids import grid
     from joulesmith.engines.torch_engine import TorchSession
-    from joulesmith.plan import candidates
 
     with show.stage("reference") as tick, TorchSession(model.module) as session:
         reference = write_reference(
             session, inputs.final, workspace.work / "final.npy", inputs.evaluation_text, tick
         )
-    if plan.rotate:
-        from joulesmith.compress.quantize.rotate import rotate_residual
-
-        rotate_residual(model, plan.seed)
-    with show.stage("round") as tick:
-        if plan.scheme is None:
-            store = candidates.make(
-                model,
-                inputs.calibration,
-                lambda ref: [_UNTOUCHED if ref.layer is None else plan.kind],
-                workspace.work / "packed",
-                effort="nearest" if plan.effort == "nearest" else "default",
-                seed=plan.seed,
-                progress=tick,
-            )
-            smoothed: dict[int, Smoothed] = {}
-        else:
-            store, smoothed = _round_rows(model, plan.scheme, inputs, workspace, plan.seed, tick)
-    kinds = {r.name: plan.type_of(r) for r in inside}
-    packed = {r.name: (kinds[r.name], store.packed(r.name, kinds[r.name])) for r in inside}
-    effort = "nearest" if plan.scheme is not None else plan.effort
-    packed = refine(model, packed, inputs.calibration, effort, workspace.work, plan.seed, show)
-    rounded = _inputs(model, inside, plan.scheme, smoothed, inputs, show)
+    done = apply.apply(model, recipe, fitted, inputs, workspace, show)
+    apply.as_stored(model, done.packed, vectors=form != forms.GGUF)
     cached: Cache | None = None
     with ExitStack() as stack:
-        stack.enter_context(quantized_inputs(model.module, rounded))
+        stack.enter_context(quantized_inputs(model.module, done.inputs))
 
         def judged(tick: Tick) -> Quality:
             with TorchSession(model.module) as session:
@@ -230,73 +267,85 @@ def _run(
 
         with show.stage("judge") as tick:
             quality = judged(tick)
-        if plan.cache is not None:
+        if done.cache is not None:
             from joulesmith.compress.quantize.kv_layers import packed_cache
 
             show.expected.setdefault("cache", _CACHE)
-            with show.stage("cache") as tick, packed_cache(model.module, plan.cache):
-                cached = Cache(plan.cache.bits_per_value, judged(tick), str(plan.cache))
+            with show.stage("cache") as tick, packed_cache(model.module, done.cache):
+                cached = Cache(done.cache.bits_per_value, judged(tick), str(done.cache))
+    inside = [r for r in model.matrices() if r.layer is not None and r.name in done.packed]
+    staged = workspace.work / ("staged.gguf" if form == forms.GGUF else "staged")
+    shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed here
     with show.stage("write"):
-        by_name = {r.name: rounded[module_of(r)] for r in inside} if rounded else None
-        size = _write(model, packed, out, plan.form, by_name)
-    weights = sum(r.shape[0] * r.shape[1] for r in inside)
-    stored = sum(grid(kinds[r.name]).bits_per_weight * r.shape[0] * r.shape[1] for r in inside)
-    static = plan.scheme is not None and not plan.scheme.dynamic
-    by_token = tuple(r.name for r in inside if static and rounded[module_of(r)].scheme.dynamic)
+        by_name = {r.name: done.inputs[module_of(r)] for r in inside} if done.inputs else None
+        size = forms.write(form, model, done.packed, staged, by_name)
+        adapter = None
+        if done.factors:
+            adapter = forms.write_adapter(form, model, done.factors, staged)
+    engine, engine_quality = None, None
+    if form == forms.GGUF:
+        engine, engine_quality = _in_llama(staged, adapter, reference, show)
+    told, adapter = _publish(recipe, staged, adapter, out, form)
+    types = {n: k for n, (k, _) in done.packed.items()}
+    counted = [(r.shape[0] * r.shape[1], types[r.name]) for r in inside]
+    static = any(not q.scheme.dynamic for q in done.inputs.values())
+    by_token = tuple(r.name for r in inside if static and done.inputs[module_of(r)].scheme.dynamic)
+    scheme = fitted.scheme
     return Quantized(
         folder=str(out),
-        type=plan.kind,
+        type="",
         bytes=size,
-        bits_per_weight=stored / weights,
+        bits_per_weight=sum(n * forms.bits_per_weight(form, k) for n, k in counted)
+        / max(1, sum(n for n, _ in counted)),
         quality=quality,
-        damage={r.name: store.damage[r.name][kinds[r.name]] for r in inside},
+        damage=done.damage,
         origin=model.origin,
-        inputs=None if plan.scheme is None else words(plan.scheme, len(by_token)),
+        inputs=None if scheme is None else words(scheme, len(by_token)),
         by_token=by_token,
-        smoothing=sum(len(s.scales) for s in smoothed.values()),
+        smoothing=done.smoothing,
         cache=cached,
-        format=plan.form,
-        effort=plan.effort,
+        format=form,
+        types=types,
+        notes=tuple(done.notes),
+        recipe=str(told),
+        adapter=None if adapter is None else str(adapter),
+        engine=engine,
+        engine_quality=engine_quality,
     )
 
 
-def _loadable(kind: str, form: str) -> Any:
-    """The grid of that name where the format's engines run it, else None."""
-    if form == "compressed-tensors":
-        from joulesmith.export import compressed_tensors
+def _in_llama(
+    path: Path, adapter: Path | None, reference: Reference, show: Progress
+) -> tuple[str, Quality]:
+    """What the written file keeps where it will run."""
+    from joulesmith.engines import get_engine
+    from joulesmith.job.judge import score_file
 
-        return compressed_tensors.loadable(kind)
-    from joulesmith.export import onnx, openvino
-
-    # What is not installed is told before any work is done.
-    onnx.packages()
-    if form == "openvino":
-        openvino.package()
-    return onnx.loadable(kind)
+    engine = get_engine("llama.cpp")
+    show.expected.setdefault("engine", _ENGINE)
+    with show.stage("engine"):
+        return engine.version, score_file(engine, path, reference, adapter)
 
 
-def _write(
-    model: Model,
-    packed: Packed,
-    out: Path,
-    form: str,
-    inputs: Mapping[str, InputQuantizer] | None,
-) -> int:
-    """Write the folder in its format; returns the bytes of the weights."""
-    if form == "onnx":
-        from joulesmith.export.onnx import export_onnx
+def _publish(
+    recipe: Recipe, staged: Path, adapter: Path | None, out: Path, form: str
+) -> tuple[Path, Path | None]:
+    """Move what was written and judged to its place, with the recipe that makes it.
 
-        return export_onnx(model, packed, out)
-    if form == "openvino":
-        from joulesmith.export.openvino import export_openvino
-
-        return export_openvino(model, packed, out)
-    from joulesmith.export.compressed_tensors import write_compressed
-
-    return write_compressed(model, packed, out, inputs=inputs)
+    Returns where the recipe and the adapter are; the model is moved last.
+    """
+    if form != forms.GGUF:
+        recipe.save(staged / RECIPE)
+        staged.replace(out)
+        return out / RECIPE, None if adapter is None else out / adapter.name
+    recipe.save(beside_of(out))
+    if adapter is not None:
+        adapter = adapter.replace(out.with_suffix(forms.ADAPTER_SUFFIX))
+    staged.replace(out)
+    return beside_of(out), adapter
 
 
-def _round_rows(
+def round_rows(
     model: Model, scheme: Scheme, inputs: Inputs, workspace: Workspace, seed: int, tick: Tick
 ) -> tuple[Candidates, dict[int, Smoothed]]:
     """Smooth and round, going on where an interrupted run stopped.
@@ -339,7 +388,7 @@ def _round_rows(
     return store, done
 
 
-def _inputs(
+def input_quantizers(
     model: Model,
     inside: Sequence[TensorRef],
     scheme: Scheme | None,

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from joulesmith.atomic import atomic_path
 from joulesmith.compress.quantize.grids import Bytes, grid
-from joulesmith.compress.quantize.learned import Block, learn
+from joulesmith.compress.quantize.learned import STEPS, Block, learn
 from joulesmith.compress.quantize.rounding import FINE_BITS
-from joulesmith.compress.quantize.tune import last_hidden, tune
+from joulesmith.compress.quantize.tune import EPOCHS, last_hidden, tune
 from joulesmith.progress import Progress
 
 if TYPE_CHECKING:
@@ -38,11 +38,14 @@ def refine(
     folder: Path,
     seed: int,
     show: Progress,
+    *,
+    learn_steps: int = STEPS,
+    tune_epochs: int = EPOCHS,
 ) -> Packed:
     """Better codes, scales and norms for what is packed; ``model`` has them at the end.
 
     model: the float model. Norms and biases are rounded to float16 where they were tuned,
-    since that is what folders hold.
+    since that is what folders hold. learn_steps, tune_epochs: of `learn` and `tune`.
     """
     coarse = any(grid(kind).bits_per_weight < FINE_BITS for kind, _ in packed.values())
     if effort == "nearest" or not coarse:
@@ -57,6 +60,7 @@ def refine(
                 model,
                 packed,
                 calibration,
+                steps=learn_steps,
                 seed=seed,
                 keep=lambda index, block: _keep(folder / f"learned-{index}.npz", block),
                 known=lambda index: _known(folder / f"learned-{index}.npz"),
@@ -64,7 +68,9 @@ def refine(
             ).packed
     show.expected.setdefault("tune", _TUNE)
     with show.stage("tune") as tick:
-        found = tune(model, found, calibration, teacher, seed=seed, progress=tick).packed
+        found = tune(
+            model, found, calibration, teacher, epochs=tune_epochs, seed=seed, progress=tick
+        ).packed
     with torch.no_grad():
         for p in model.module.parameters():
             if p.ndim == 1:

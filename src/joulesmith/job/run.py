@@ -146,8 +146,9 @@ class _Job:
     def _export(self) -> None:
         """Move the judged file out of the working folder, with the recipe that makes it."""
         found, folder = self.done, self.ws.folder
-        steps = (Quantize(types=found.trial.types, seed=self.s.seed),)
+        steps = (Quantize(types=dict(found.trial.types), seed=self.s.seed),)
         calibration = {
+            "calib": self.s.calib,
             "text": found.inputs.calibration_text,
             "windows": list(found.inputs.calibration.shape),
             "seed": self.s.seed,

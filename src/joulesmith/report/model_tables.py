@@ -143,18 +143,35 @@ def render_quantized(found: Quantized, console: Console, worst: int = 5) -> None
     q = found.quality
     lines = [
         f"{found.folder}: {found.format}, {size(found.bytes)}, {found.type}, "
-        f"{found.bits_per_weight:.3f} bits per weight in the blocks, the rest float16",
-        kept(q),
-        f"judged on {q.tokens} tokens of {q.text}, against {found.origin}",
-        f"predicted damage of rounding {sum(found.damage.values()):.4f} nats, most of all:",
+        f"{found.bits_per_weight:.3f} bits per weight in the blocks{_others(found)}",
     ]
     if found.inputs is not None:
         smooth = f"; {found.smoothing} sets of inputs smoothed" if found.smoothing else ""
-        lines.insert(1, f"inputs: {found.inputs}{smooth}")
+        lines.append(f"inputs: {found.inputs}{smooth}")
+    lines += found.notes
+    if found.engine_quality is not None:
+        lines.append(f"in {found.engine}: {kept(found.engine_quality)}")
+        lines.append(f"in torch, inputs as they are: {kept(q)}")
+    else:
+        lines.append(kept(q))
+    lines.append(f"judged on {q.tokens} tokens of {q.text}, against {found.origin}")
     if found.cache is not None:
         bits = f"{found.cache.bits:.2f} bits a key or value"
-        lines.insert(-1, f"with a key-value cache of {bits}: {kept(found.cache.quality)}")
+        lines.append(f"with a key-value cache of {bits}: {kept(found.cache.quality)}")
+    if found.damage:
+        lines.append(
+            f"predicted damage of rounding {sum(found.damage.values()):.4f} nats, most of all:"
+        )
     most = sorted(found.damage, key=lambda n: -found.damage[n])[:worst]
     lines += [f"  {found.damage[n]:.5f}  {n}" for n in most]
+    if found.adapter is not None:
+        lines.append(f"with the adapter {found.adapter}, for PEFT, or llama.cpp's --lora")
+    lines.append(f"the same again: --recipe {found.recipe}")
     for line in lines:
         console.print(Text(line))
+
+
+def _others(found: Quantized) -> str:
+    """What embedding and head are stored as."""
+    ends = {k for n, k in found.types.items() if not n.startswith("blk.")}
+    return f", embedding and head {', '.join(sorted(ends))}" if ends else ", the rest float16"

@@ -12,6 +12,7 @@ from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Tick, silent
 
 if TYPE_CHECKING:
+    from joulesmith.compress.quantize.activations import Scheme
     from joulesmith.models import Model
 
 
@@ -31,14 +32,21 @@ class RoundInputs(Step):
     method: Literal["absmax", "percentile", "mse"] = "mse"
     by_token: tuple[str, ...] = ()
 
+    @property
+    def scheme(self) -> Scheme:
+        """What rounds the inputs that have no scale by token of their own."""
+        from joulesmith.compress.quantize.activations import Scheme
+
+        return Scheme(self.kind, self.dynamic, self.symmetric)
+
     def apply(
         self, model: Model, calibration: NDArray[np.int32], progress: Tick = silent
     ) -> StepRecord:
         """Find the quantizers; the module itself is left as it is."""
-        from joulesmith.compress.quantize.activations import InputQuantizer, Scheme
+        from joulesmith.compress.quantize.activations import InputQuantizer
         from joulesmith.compress.quantize.input_types import module_of, static_inputs, words
 
-        scheme = Scheme(self.kind, self.dynamic, self.symmetric)
+        scheme = self.scheme
         inside = [module_of(r) for r in model.matrices() if r.layer is not None]
         unknown = sorted(set(self.by_token) - set(inside))
         if unknown:

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from joulesmith.compress.quantize.kv_cache import KVScheme, Packed, hadamard, join, pack, unpack
 from joulesmith.errors import JoulesmithError
+from joulesmith.models import cache_word
 
 
 class PackedLayer(DynamicLayer):  # type: ignore[misc]
@@ -69,7 +70,7 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
         found = self._packed[what]
         if found is None:
             return waiting
-        stored = self._turn(unpack(found, self.scheme.bits, self.dtype))
+        stored = self._turn(unpack(found, self.scheme.bits, waiting.dtype))
         return torch.cat([stored, waiting], dim=-2) if waiting.shape[-2] else stored
 
     def update(
@@ -198,10 +199,12 @@ def packed_cache(module: Any, scheme: KVScheme) -> Iterator[None]:
     """While open, ``module`` (a causal language model) starts every text on a `PackedCache`,
     also where it was asked for no cache: its logits are those of generation with it."""
 
+    word = cache_word(module)
+
     def start(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs.get("past_key_values") is None:
+        if kwargs.get(word) is None:
             cache = PackedCache(module.config, scheme)
-            return args, {**kwargs, "past_key_values": cache, "use_cache": True}
+            return args, {**kwargs, word: cache, "use_cache": True}
         return None
 
     handle = module.register_forward_pre_hook(start, with_kwargs=True)

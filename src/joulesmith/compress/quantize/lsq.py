@@ -81,13 +81,6 @@ def lsq(
     return out
 
 
-def first_step(x: Tensor, levels: Levels, granularity: Granularity = TENSOR) -> Tensor:
-    """Where LSQ begins: ``2 mean |x| / sqrt(high)`` of each tile (section 2.1), > 0."""
-    values, _ = tiles_of(x, granularity)
-    step = 2 * values.abs().mean(1) / math.sqrt(levels.high)
-    return torch.where(step > 0, step, 1.0)
-
-
 def learned(
     x: Sample,
     levels: Levels,
@@ -100,10 +93,10 @@ def learned(
     """The step (and zero) that `lsq`'s gradients lead to when they reduce squared error.
 
     Adam on the logarithm of the step (and on the offset in units of the range), from
-    `first_step` where symmetric and the whole range where affine, its rate falling linearly to 0;
-    each tile keeps the best it has passed. What is learned at the same cost while a
-    model trains is the same gradient, of the model's loss instead. weight: as in
-    `ranges.mse`. Raises as `ranges` does.
+    LSQ's ``2 mean |x| / sqrt(high)`` where symmetric and the whole range where affine,
+    its rate falling linearly to 0; each tile keeps the best it has passed. What is learned at
+    the same cost while a model trains is the same gradient, of the model's loss instead.
+    weight: as in `ranges.mse`. Raises as `ranges` does.
     """
     values, cost = tiles_of(x, granularity, weight)
 

@@ -44,7 +44,7 @@ def rotate_residual(model: Model, seed: int = 0) -> None:
     """
     module, inner = model.module, model.module.model
     if model.tied:
-        _untie(model)
+        untie(model)
     r = rotation(module.config.hidden_size, seed)
     for layer in inner.layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -83,7 +83,7 @@ def _put(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-def _untie(model: Model) -> None:
+def untie(model: Model) -> None:
     """Give the head a matrix of its own, a copy of the embedding."""
     module = model.module
     module.config.tie_word_embeddings = False

@@ -27,10 +27,24 @@ def shared_curvature(moments: Moments | None, effort: str) -> Curvature | None:
 
 
 def round_weight(
-    weight: torch.Tensor, curve: Curvature | None, grid: Format, *, effort: str = "default"
+    weight: torch.Tensor,
+    curve: Curvature | None,
+    grid: Format,
+    *,
+    effort: str = "default",
+    ranges: str | None = None,
 ) -> Bytes:
-    """weight (rows, columns) float32 -> packed uint8 (rows, row bytes) on ``grid``."""
+    """weight (rows, columns) float32 -> packed uint8 (rows, row bytes) on ``grid``.
+
+    ranges: a way of `chosen.WAYS` to choose the scales of an integer grid; None for the
+    search that goes with the grid.
+    """
     sweeps = EFFORTS[effort]
+    if ranges is not None:
+        from joulesmith.compress.quantize.chosen import round_chosen
+
+        fine = grid.bits_per_weight > FINE_BITS
+        return round_chosen(weight, curve, grid, ranges, sweeps=None if fine else sweeps)
     if curve is None or sweeps is None:
         return grid.pack(weight)
     if grid.bits_per_weight > FINE_BITS:

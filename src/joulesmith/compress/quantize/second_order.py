@@ -1,4 +1,4 @@
-"""Ranges of the second order: steps under a Hessian, and steps that are quantized themselves.
+"""Ranges of the second order: steps under a Hessian.
 
 Pure functions beside those of `ranges`. Knows no file format and no model.
 """
@@ -14,8 +14,6 @@ from joulesmith.compress.quantize.tiles import (
     Granularity,
     Levels,
     Range,
-    Sample,
-    by_chunks,
     group,
     settled,
     tiles_of,
@@ -125,80 +123,3 @@ def _descend(
             pull.addr_(step * (new - level[:, k]), h[k], alpha=-1)
             level[:, k] = new
     return level
-
-
-def doubled(
-    x: Sample,
-    levels: Levels,
-    granularity: Granularity,
-    *,
-    members: int = 8,
-    bits: int = 6,
-    weight: Tensor | None = None,
-) -> tuple[Range, Tensor, Tensor]:
-    """`mse` with steps that are ``d * k``: k a whole number below 2^bits, d a float16.
-
-    ``members`` neighbouring tiles share d, as in GGUF's K-types (6 bits, 8 members) and
-    the double quantization of QLoRA (Dettmers et al. 2023, section 3). d starts where the
-    largest step is the largest k, and is then the least-squares one for all codes, if
-    that is better. Returns the range, d (tiles / members,) and k (tiles,), at least 1.
-    Raises `JoulesmithError` where members do not divide the tiles, besides `mse`'s.
-    """
-    values, cost = tiles_of(x, granularity, weight)
-    if members < 1 or len(values) % members:
-        raise JoulesmithError(f"{len(values)} scales do not cut into runs of {members}")
-    if not 1 <= bits <= 8:
-        raise JoulesmithError(f"scales have 1 to 8 bits, not {bits}")
-    top = float((1 << bits) - 1)
-    free = mse(x, levels, granularity, weight=weight)
-    # a tile of zeros has no say in d: its step of 1 means nothing
-    alive = values.abs().amax(1) > 0
-    most = torch.where(alive, free.step, 0.0).view(-1, members).amax(1)
-    d = _half_above(most / top)
-    step, zero, error = _on_multiples(values, cost, free, d, members, top)
-    level = levels.nearest(
-        scales.safe_ratio(values, step[:, None].expand_as(values)) + zero[:, None]
-    )
-    along = torch.round(step / d.repeat_interleave(members))[:, None] * (level - zero[:, None])
-    up = (cost * along * values).sum(1).view(-1, members).sum(1)
-    down = (cost * along * along).sum(1).view(-1, members).sum(1)
-    again = scales.half(scales.safe_ratio(up, down))
-    again = torch.where(again > 0, again, d)
-    step2, zero2, error2 = _on_multiples(values, cost, free, again, members, top)
-    better = error2.view(-1, members).sum(1) < error.view(-1, members).sum(1)
-    d = torch.where(better, again, d)
-    wide = better.repeat_interleave(members)
-    step, zero = torch.where(wide, step2, step), torch.where(wide, zero2, zero)
-    k = torch.round(step / d.repeat_interleave(members))
-    return Range(step, zero, levels, granularity), d, k
-
-
-def _half_above(x: Tensor) -> Tensor:
-    """A positive float16 near x, so that what is divided by it stays finite."""
-    return scales.half(x).clamp(min=2.0**-24)
-
-
-def _on_multiples(
-    values: Tensor, cost: Tensor, free: Range, d: Tensor, members: int, top: float
-) -> tuple[Tensor, ...]:
-    """Best multiples of d near the free steps: step, zero and error of each tile."""
-    levels = free.levels
-
-    def search(v: Tensor, c: Tensor, own: Tensor, step: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
-        start = (step[:, None] / own).round().clamp(1, top)
-        best, best_zero = own[:, 0], zero
-        best_error = torch.full_like(step, torch.inf)
-        for move in (-2, -1, 0, 1, 2):
-            s = ((start + move).clamp(1, top) * own)[:, 0]
-            for shift in (-1, 0, 1) if levels.affine else (0,):
-                z = (zero + shift).clamp(levels.low, levels.high) if levels.affine else zero
-                level = levels.nearest(v / s[:, None] + z[:, None])
-                error = (c * (v - s[:, None] * (level - z[:, None])).square()).sum(1)
-                better = error < best_error
-                best = torch.where(better, s, best)
-                best_zero = torch.where(better, z, best_zero)
-                best_error = torch.minimum(error, best_error)
-        return best, best_zero, best_error
-
-    own = d.repeat_interleave(members)[:, None]
-    return by_chunks(search, values, cost, own, free.step, free.zero)

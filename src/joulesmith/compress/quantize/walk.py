@@ -62,6 +62,7 @@ def walk(
     emit: Callable[[str, list[Rounded]], None],
     *,
     effort: str = "default",
+    ranges: str | None = None,
     skip: Callable[[Sequence[str]], bool] = lambda _: False,
     split_head: bool = False,
     seed: int = 0,
@@ -70,6 +71,7 @@ def walk(
 ) -> None:
     """Calibrate on ``windows`` (n, length) and round each matrix onto ``types(ref)``.
 
+    types: an empty answer leaves a matrix out. effort, ranges: as `round_weight`.
     emit: called with a block's name and its rounded tensors, last block first, the
     embedding and the head ("ends") at the end. skip: whether a block, given its tensor
     names, is done already. split_head: round a tied head and the embedding apart, as
@@ -78,7 +80,11 @@ def walk(
     """
     layers: dict[int, dict[str, TensorRef]] = {}
     ends: list[TensorRef] = []
-    for ref in model.matrices(split_head=split_head):
+    matrices = model.matrices(split_head=split_head)
+    tied = not any(r.role == "output" for r in matrices)
+    for ref in matrices:
+        if not types(ref):
+            continue
         if ref.layer is None:
             ends.append(ref)
         else:
@@ -92,18 +98,17 @@ def walk(
         for parameter, ref in refs.items():
             module_name = parameter.split(f".{index}.", 1)[-1].removesuffix(".weight")
             tasks.append((ref, moments.get(module_name), None))
-        emit(str(index), _round_all(model, types, tasks, effort))
+        emit(str(index), _round_all(model, types, tasks, effort, ranges))
 
     head = calibrate(model.module, windows, visit, seed=seed, scratch=scratch, progress=progress)
-    if skip([r.name for r in ends]):
+    if not ends or skip([r.name for r in ends]):
         return
-    tied = not any(r.role == "output" for r in ends)
     tasks = []
     for ref in ends:
         is_head = ref.role == "output" or (tied and ref.role == "token_embd")
         embedding = head if ref.role == "token_embd" else None
         tasks.append((ref, head.head if is_head else None, embedding))
-    emit("ends", _round_all(model, types, tasks, effort))
+    emit("ends", _round_all(model, types, tasks, effort, ranges))
 
 
 EMBEDDING_SHARE = 0.3
@@ -131,6 +136,7 @@ def _round_all(
     types: Callable[[TensorRef], Sequence[str]],
     tasks: Sequence[tuple[TensorRef, Moments | None, HeadMoments | None]],
     effort: str,
+    ranges: str | None,
 ) -> list[Rounded]:
     """Round several matrices side by side: many small operations, one thread a matrix."""
     import torch
@@ -139,7 +145,7 @@ def _round_all(
     found = []
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         begun = [
-            _begin(model, ref, types(ref), moments, head, effort, pool)
+            _begin(model, ref, types(ref), moments, head, effort, ranges, pool)
             for ref, moments, head in tasks
         ]
         for ref, moments, head, weight, parts in begun:
@@ -158,6 +164,7 @@ def _begin(
     moments: Moments | None,
     head: HeadMoments | None,
     effort: str,
+    ranges: str | None,
     pool: ThreadPoolExecutor,
 ) -> tuple[
     TensorRef,
@@ -191,7 +198,8 @@ def _begin(
     curve = pool.submit(shared_curvature, fitted, effort)
 
     def piece(g: Format, start: int) -> NDArray[np.uint8]:
-        return round_weight(weight[start : start + ROWS], curve.result(), g, effort=effort)
+        rows = weight[start : start + ROWS]
+        return round_weight(rows, curve.result(), g, effort=effort, ranges=ranges)
 
     parts = [
         (g, [pool.submit(piece, g, start) for start in range(0, len(weight), ROWS)])

@@ -1,0 +1,216 @@
+"""Commands that make models: `optimize` and `quantize`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from joulesmith.cli.common import (
+    EngineLib,
+    EngineName,
+    Model,
+    Workload,
+    app,
+    console,
+    interruptible,
+    parse_duration,
+    parse_keep,
+    parse_workload,
+    print_json,
+    show,
+)
+from joulesmith.errors import JoulesmithError
+
+
+@app.command()
+def optimize(
+    model: Model,
+    keep: Annotated[
+        str,
+        typer.Option(
+            help="Least quality to keep: a share (perplexity ratio), or a type such as Q4_K_M: "
+            "what that keeps."
+        ),
+    ] = "0.99",
+    engine: EngineName = "llama.cpp",
+    workload: Workload = "64:256",
+    calib: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Text file to calibrate on. Default: the model's own samples."),
+    ] = None,
+    eval_: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--eval",
+            help="Text file (or hf:DATASET) to judge on. Default: English that Python ships.",
+        ),
+    ] = None,
+    grid: Annotated[
+        str, typer.Option(help="Country or region of the electricity grid, e.g. DE.")
+    ] = "WORLD",
+    time_budget: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="About how long it may take, e.g. 10m or 600s: fewer trials, same floor."
+        ),
+    ] = None,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of the run. Default: one under joulesmith-out/."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and of splits.")] = 0,
+    pairs: Annotated[int, typer.Option(help="Interleaved rounds of measuring.")] = 7,
+    engine_lib: EngineLib = None,
+) -> None:
+    """Find the cheapest model above the floor, write it, measure it, report it.
+
+    The same command again goes on where it stopped, or says that it is done. Exit code 3:
+    no plan keeps the quality that was asked for.
+    """
+    from joulesmith.job.run import run
+    from joulesmith.job.settings import Settings
+    from joulesmith.progress import Progress
+    from joulesmith.report.files import PAGE_NAME, RESULT_NAME, load_result
+
+    settings = Settings(
+        model=model,
+        keep=parse_keep(keep),
+        engine=engine,
+        workload=parse_workload(workload),
+        calib=calib,
+        eval=eval_,
+        grid=grid,
+        time_budget=None if time_budget is None else parse_duration(time_budget),
+        out=out,
+        seed=seed,
+        pairs=pairs,
+        engine_lib=engine_lib,
+    )
+    folder = settings.folder()
+    done = (folder / RESULT_NAME).exists()
+    try:
+        with interruptible("the same command goes on where it stopped"):
+            run(settings, Progress({}))
+    finally:
+        if (folder / RESULT_NAME).exists():
+            show(load_result(folder))
+            print(f"Report: {folder / PAGE_NAME}")
+            if done:
+                print("This run was done before; nothing was computed again.")
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write; for a GGUF, file FILE.gguf.")],
+    type_: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--type",
+            help="GGUF: Q4_K, Q5_0, IQ4_NL ... Other formats: INT4-G128, INT4-G64-ZP (with "
+            "zeros), INT8-G128 ... With 8-bit inputs too: W8A8, W8A8-STATIC, FP8. "
+            "Default: INT4-G64, in a GGUF Q4_K.",
+        ),
+    ] = None,
+    format_: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--format",
+            help="compressed-tensors, gguf, onnx or openvino. Default: gguf where --out ends so, "
+            "else compressed-tensors.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="FILE.yaml", help="Apply a recipe: types by tensor, and steps before them."
+        ),
+    ] = None,
+    embedding: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="TYPE",
+            help="Type of embedding and head. Default: F16, in a GGUF Q6_K or more.",
+        ),
+    ] = None,
+    calib: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Text file to calibrate on. Default: the model's own samples."),
+    ] = None,
+    eval_: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--eval", help="Text file to judge on. Default: English that Python ships."),
+    ] = None,
+    effort: Annotated[
+        str,
+        typer.Option(
+            help="nearest; default: error feedback, then scales and norms tuned; thorough: "
+            "rounding learned block by block as well, many times slower."
+        ),
+    ] = "default",
+    rotate: Annotated[
+        bool,
+        typer.Option("--rotate", help="Rotate the residual stream first; unties a tied head."),
+    ] = False,
+    map_: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--map", help="HTML file to write: the damage of every matrix, as a map."),
+    ] = None,
+    kv_cache: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Judge with keys and values on 8 or 4 bits as well."),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Seed of sampling and of splits. Default: the recipe's, else 0."),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Quantize a model for llama.cpp, vLLM, transformers, ONNX Runtime or OpenVINO; say what
+    is kept.
+
+    Every matrix of the decoder blocks gets the one type, or what a recipe says. What is kept is
+    judged with inputs rounded, where the type does that, and a GGUF in llama.cpp as well. The
+    recipe is written with the model: --recipe makes the same again. The same command again goes
+    on where it stopped.
+    """
+    from joulesmith.job.quantize import quantize as run
+    from joulesmith.progress import Progress
+
+    if map_ is not None and not map_.parent.is_dir():
+        raise JoulesmithError(f"no such folder for --map: {map_.parent}")
+    if format_ is None:
+        format_ = "gguf" if out.suffix.lower() == ".gguf" else "compressed-tensors"
+    with interruptible("the same command goes on where it stopped"):
+        found = run(
+            model,
+            type_,
+            out,
+            recipe=recipe,
+            calib=calib,
+            evaluation=eval_,
+            seed=seed,
+            kv_cache=kv_cache,
+            effort=effort,
+            rotate=rotate,
+            embedding=embedding,
+            form=format_,
+            progress=Progress({}),
+        )
+    if map_ is not None:
+        from joulesmith.report import damage_of, heat_map_page
+
+        damage = {n: d for n, d in found.damage.items() if n in found.types}
+        if damage:
+            heat_map_page(damage_of(damage, found.types, title=f"{found.type} of {model}"), map_)
+        else:
+            print("joulesmith: no --map: this recipe predicts no damage", file=sys.stderr)
+    if json_:
+        print_json(found)
+    else:
+        from joulesmith.report.model_tables import render_quantized
+
+        render_quantized(found, console())

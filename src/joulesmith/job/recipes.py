@@ -1,0 +1,210 @@
+"""The recipe of a `joulesmith quantize` run: made from its options or read, and proven to fit.
+
+Everything that would fail is told here, from names and shapes alone, before work begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from joulesmith.compress.lowrank.absorb_step import Absorb
+from joulesmith.compress.lowrank.step import LowRank
+from joulesmith.compress.quantize.choice import HEAD, choose
+from joulesmith.compress.quantize.fold_steps import Awq, Rotate
+from joulesmith.compress.quantize.grids import grid
+from joulesmith.compress.quantize.input_step import RoundInputs
+from joulesmith.compress.quantize.input_types import SCHEMES, row_type
+from joulesmith.compress.quantize.kv_step import QuantizeCache
+from joulesmith.compress.quantize.learned import STEPS
+from joulesmith.compress.quantize.smooth_step import Smooth
+from joulesmith.compress.quantize.step import Quantize
+from joulesmith.compress.quantize.tune import EPOCHS
+from joulesmith.compress.recipe import Recipe
+from joulesmith.errors import JoulesmithError
+from joulesmith.export import forms
+from joulesmith.models import EMBEDDING
+
+if TYPE_CHECKING:
+    from joulesmith.compress.quantize.activations import Scheme
+    from joulesmith.compress.step import Step
+    from joulesmith.models import Model
+
+DEFAULT = {forms.GGUF: "Q4_K"}
+"""Types where none is asked for; all other formats: INT4-G64."""
+ENDS = "Q6_K"
+"""Least type of embedding and head in a GGUF, as llama.cpp's own quantizer has it for heads."""
+
+_CHANGING = (Rotate, Awq, Smooth, LowRank)
+
+
+def recipe_of(
+    model: Model,
+    form: str,
+    kind: str,
+    *,
+    effort: str = "default",
+    rotate: bool = False,
+    kv_cache: int | None = None,
+    embedding: str | None = None,
+    seed: int = 0,
+) -> Recipe:
+    """The recipe that the options of `joulesmith quantize` stand for.
+
+    kind: the type of all matrices in blocks. embedding: of the embedding and the head; None for
+    F16, and in GGUF for the type of `ends_of`. The other arguments as `job.quantize.quantize`.
+    """
+    from joulesmith.compress.quantize.kv_cache import DEFAULTS
+
+    steps: list[Step] = []
+    if rotate:
+        steps.append(Rotate(seed=seed))
+    if kind in SCHEMES:
+        if rotate or effort != "default" or embedding is not None:
+            raise JoulesmithError(
+                f"--type {kind} takes no --rotate, --effort or --embedding: leave them out"
+            )
+        steps.append(Quantize(default=kind, seed=seed))
+    else:
+        if embedding is None and form == forms.GGUF:
+            embedding = ends_of(kind)
+        ends = [EMBEDDING] if model.tied and not rotate else [EMBEDDING, HEAD]
+        steps.append(
+            Quantize(
+                types={} if embedding is None else dict.fromkeys(ends, embedding),
+                default=kind,
+                effort="nearest" if effort == "nearest" else "default",
+                learn_steps=STEPS if effort == "thorough" else 0,
+                tune_epochs=0 if effort == "nearest" else EPOCHS,
+                seed=seed,
+            )
+        )
+    if kv_cache is not None:
+        s = DEFAULTS[kv_cache]
+        steps.append(QuantizeCache(**{k: getattr(s, k) for k in QuantizeCache.model_fields}))
+    return Recipe(tuple(steps), model.name)
+
+
+def ends_of(kind: str) -> str:
+    """The type of embedding and head in a GGUF whose blocks are ``kind``."""
+    from joulesmith.export.gguf_packed import stored_type
+
+    own = stored_type(kind)
+    if own is None or grid(own).bits_per_weight <= grid(ENDS).bits_per_weight:
+        return ENDS
+    return own
+
+
+@dataclass
+class Fitted:
+    """What a recipe will do to a model, as far as names and shapes tell.
+
+    types: GGUF name -> type as it will be written. by_step: the same as each step chooses
+    it, by the step's place. scheme: of rounded inputs. notes: what fell back, in words.
+    """
+
+    types: dict[str, str] = field(default_factory=dict)
+    by_step: dict[int, dict[str, str]] = field(default_factory=dict)
+    scheme: Scheme | None = None
+    notes: tuple[str, ...] = ()
+
+
+def fit(recipe: Recipe, model: Model, form: str) -> Fitted:
+    """Check a recipe against a model and a format.
+
+    Raises `JoulesmithError`, naming tensor, type and format, for anything that the format
+    cannot hold, steps in an order that loses work, and matrices that two steps quantize.
+    """
+    found = Fitted()
+    untied = False
+    for i, step in enumerate(recipe.steps):
+        if isinstance(step, _CHANGING) and found.types:
+            raise JoulesmithError(
+                f"step {i + 1} of the recipe ({step.name}) changes weights that are quantized "
+                "before it: put it before quantize"
+            )
+        if isinstance(step, Rotate) and step.what != "values":
+            untied = True
+        elif isinstance(step, LowRank) and step.kept is not False:
+            raise JoulesmithError(
+                f"step {i + 1} of the recipe (lowrank) keeps factors, which {form} cannot hold: "
+                "set  kept: false  to merge them"
+            )
+        elif isinstance(step, RoundInputs):
+            _schemed(found, step.scheme, i)
+        elif isinstance(step, Absorb):
+            if form not in forms.ADAPTERS:
+                raise JoulesmithError(
+                    f"step {i + 1} of the recipe (absorb) writes an adapter, for which {form} has "
+                    f"no place: write {' or '.join(forms.ADAPTERS)}"
+                )
+            choice = choose(model, step.types, step.default, untied=untied)
+            step.chosen_ranks(model, choice.types)
+            found.notes += choice.notes
+            _typed(found, choice.types, i)
+        elif isinstance(step, Quantize):
+            _quantized(found, step, i, model, untied)
+    settled = settle_types(model, found.types, untied)
+    refs = {r.name: r for r in model.matrices(split_head=untied or HEAD in settled)}
+    for name, ref in refs.items():
+        inside = ref.layer is not None
+        if found.scheme is not None and inside and name not in settled:
+            raise JoulesmithError(
+                f"{name} has rounded inputs but no quantized weights: give it a type too"
+            )
+        if name in settled:
+            forms.check(form, ref, settled[name], found.scheme if inside else None)
+    found.types = settled
+    return found
+
+
+def _quantized(found: Fitted, step: Quantize, i: int, model: Model, untied: bool) -> None:
+    scheme = SCHEMES.get(step.default or "")
+    if scheme is None:
+        choice = choose(model, step.types, step.default, untied=untied)
+        types, notes = choice.types, choice.notes
+        step.check_ranges(types)
+    else:
+        if step.types or step.learn_steps or step.tune_epochs or step.effort != "default":
+            raise JoulesmithError(
+                f"{step.default} is one type for all: give neither types nor effort, learn_steps "
+                "and tune_epochs"
+            )
+        types = {
+            r.name: row_type(scheme, r.shape[1]) for r in model.matrices() if r.layer is not None
+        }
+        notes = ()
+        _schemed(found, scheme, i)
+    found.by_step[i] = types
+    found.notes += notes
+    _typed(found, types, i)
+
+
+def _typed(found: Fitted, types: Mapping[str, str], i: int) -> None:
+    if not types:
+        raise JoulesmithError(
+            f"step {i + 1} of the recipe quantizes nothing: give it  types  or a  default"
+        )
+    if twice := sorted(set(types) & set(found.types)):
+        raise JoulesmithError(f"{twice[0]} is quantized by two steps of the recipe: keep one")
+    found.types.update(types)
+
+
+def _schemed(found: Fitted, scheme: Scheme, i: int) -> None:
+    if found.scheme is not None:
+        raise JoulesmithError(f"step {i + 1} of the recipe rounds inputs a second time")
+    found.scheme = scheme
+
+
+def settle_types(model: Model, types: dict[str, str], untied: bool = False) -> dict[str, str]:
+    """``types`` as a file has them: a head that is the embedding parts from it only where it
+    is smaller; else both are ``token_embd.weight``, of the head's type."""
+    found = dict(types)
+    if untied or not model.tied or HEAD not in found:
+        return found
+    columns = model.ref(EMBEDDING).shape[1]
+    head, embedding = found[HEAD], found.get(EMBEDDING, forms.UNTOUCHED)
+    if grid(head).row_bytes(columns) >= grid(embedding).row_bytes(columns):
+        found[EMBEDDING] = found.pop(HEAD)
+    return found
