@@ -26,7 +26,6 @@ from joulesmith.compress.quantize.activations import (
 from joulesmith.compress.quantize.fp8 import Fp8Grid
 from joulesmith.compress.quantize.gptq import gptq, output_error
 from joulesmith.compress.quantize.grids import grid
-from joulesmith.compress.quantize.input_types import too_wide
 from joulesmith.errors import JoulesmithError
 
 SCHEMES = [Scheme(), Scheme(symmetric=False), Scheme("fp8")]
@@ -184,13 +183,6 @@ def test_observe_sees_every_input() -> None:
     assert found["layer"].counts.sum() == every.numel()
     assert (found["layer"].low, found["layer"].high) == (every.min(), every.max())
     assert not model.layer._forward_pre_hooks
-
-
-def test_worst_inputs_go_by_token_until_the_rest_is_little() -> None:
-    excess = {"a": 0.5, "b": 0.001, "c": 0.02, "d": -0.1, "e": 0.0005}
-    assert too_wide(excess, 0.002) == {"a", "c"}
-    assert too_wide(excess, 0.001) == {"a", "b", "c"}
-    assert too_wide(excess, 1.0) == set()
 
 
 def test_a_token_of_zeros_stays_zero() -> None:

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from joulesmith.compress.quantize.activations import InputQuantizer, Scheme, quantized_inputs
 from joulesmith.compress.quantize.input_types import (
+    bounded_inputs,
     module_of,
     row_type,
-    static_inputs,
-    too_wide,
     words,
 )
 from joulesmith.compress.quantize.integers import IntGrid
@@ -348,20 +347,13 @@ def _inputs(
     show: Progress,
 ) -> dict[str, InputQuantizer]:
     """Module name -> what rounds its inputs; empty for types that leave them alone."""
-    from joulesmith.compress.quantize.sites import folds_of
+    from joulesmith.compress.quantize.smooth_step import predicted_excess
 
     if scheme is None:
         return {}
     if scheme.dynamic:
         return dict.fromkeys(map(module_of, inside), InputQuantizer(scheme))
-    wide = too_wide({f"{i}.{p}": e for i, s in smoothed.items() for p, e in s.excess.items()})
-    by_token = [
-        f"model.layers.{i}.{name}"
-        for i, block in enumerate(model.module.model.layers)
-        for fold in folds_of(block, model.module.config)
-        for name in fold.consumers
-        if f"{i}.{fold.producer}" in wide
-    ]
     show.expected.setdefault("ranges", _RANGES)
     with show.stage("ranges") as tick:
-        return static_inputs(model, inputs.calibration, scheme, by_token, progress=tick)
+        excess = predicted_excess(smoothed)
+        return bounded_inputs(model, inputs.calibration, scheme, excess, progress=tick)
