@@ -20,6 +20,7 @@ import copy
 import json
 import math
 import tempfile
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ from joulesmith.compress.quantize.input_types import (
     bounded_inputs,
     module_of,
 )
-from joulesmith.compress.quantize.kv_cache import KVScheme
-from joulesmith.compress.quantize.kv_layers import packed_cache
+from joulesmith.compress.quantize.kv_cache import DEFAULTS, KVScheme
+from joulesmith.compress.quantize.kv_layers import PackedCache, packed_cache
 from joulesmith.compress.quantize.row_walk import round_at, smooth_at
 from joulesmith.compress.quantize.smooth_step import predicted_excess
 from joulesmith.engines.torch_engine import TorchSession
@@ -47,9 +48,11 @@ from joulesmith.models import Model, load, set_gguf_weight
 from joulesmith.quality import Reference, judge, write_reference
 
 CACHES = {
+    "8 bits, keys by channel before positions, groups of 32": DEFAULTS[8],
     "8 bits, by token, groups of 32": KVScheme(8, "token", 32),
+    "4 bits, keys by channel before positions, groups of 32": DEFAULTS[4],
+    "4 bits, keys by channel before positions, groups of 64": replace(DEFAULTS[4], group=64),
     "4 bits, keys by channel (KIVI), groups of 32": KVScheme(4, "channel", 32),
-    "4 bits, keys by channel (KIVI), groups of 64": KVScheme(4, "channel", 64),
     "4 bits, by token, groups of 32": KVScheme(4, "token", 32),
     "4 bits, by token, rotated, groups of 32": KVScheme(4, "token", 32, rotate=True),
     "8 bits as q8_0": KVScheme(8, "token", 32, symmetric=True),
@@ -251,6 +254,7 @@ def table(bench: Bench) -> str:
             change += f"; together {mean:+.2f} ± {100 * error:.2f}"
         kl = "; ".join(f"{f['kl']:.4f}" for f in found if "kl" in f)
         note = "; ".join(f"{f['by_token']} of {f['of']}" for f in found if "by_token" in f)
+        note += "; ".join(f"{f['bits']:g} bits" for f in found if "bits" in f)
         return f"| {name} | {change} | {kl} | {note} |"
 
     names = [*PLAIN, *(n for s in SCHEMES for n in (s, f"{s}, weights alone"))]
@@ -270,7 +274,7 @@ def table(bench: Bench) -> str:
         f"calibration on {args.calib_windows} windows of 256 tokens a seed. Change of perplexity "
         "in per cent ± one standard error over windows, one figure a seed; KL in nats a token.",
         "",
-        "| what | perplexity, % | KL | scales by token |",
+        "| what | perplexity, % | KL | scales by token, or bits stored |",
         "|---|---|---|---|",
         *(r for n in names if (r := row(n)) is not None),
     ]
@@ -307,7 +311,8 @@ def main() -> None:
     for name, cache in CACHES.items():
         if bench.wanted(name):
             with packed_cache(bench.model.module, cache):
-                bench.put(name, bits=cache.bits_per_value)
+                held = PackedCache(bench.model.module.config, cache)
+                bench.put(name, bits=held.bits_per_value)
     if args.engine:
         engine_cells(bench)
     for seed in range(args.first_seed, args.seeds):

@@ -230,11 +230,12 @@ def _run(
         with show.stage("judge") as tick:
             quality = judged(tick)
         if plan.cache is not None:
-            from joulesmith.compress.quantize.kv_layers import packed_cache
+            from joulesmith.compress.quantize.kv_layers import PackedCache, packed_cache
 
+            bits = PackedCache(model.module.config, plan.cache).bits_per_value
             show.expected.setdefault("cache", _CACHE)
             with show.stage("cache") as tick, packed_cache(model.module, plan.cache):
-                cached = Cache(plan.cache.bits_per_value, judged(tick), str(plan.cache))
+                cached = Cache(bits, judged(tick), str(plan.cache))
     with show.stage("write"):
         by_name = {r.name: rounded[module_of(r)] for r in inside} if rounded else None
         size = _write(model, packed, out, plan.form, by_name)
