@@ -97,7 +97,8 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
             return waiting
         stored = unpack(found, self.scheme.bits, torch.float32)
         if stored.shape[1] != self._heads:
-            stored = stored.unflatten(-1, (self._heads, -1)).squeeze(1).transpose(1, 2)
+            b, _, n, _ = stored.shape
+            stored = stored.view(b, n, self._heads, -1).transpose(1, 2)
         stored = self._turn(stored)
         if what == "keys" and self.frequencies is not None:
             stored = turned(stored, self.frequencies, 0, back=False)
