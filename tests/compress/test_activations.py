@@ -24,7 +24,7 @@ from joulesmith.compress.quantize.activations import (
     static_quantizer,
     token_scale,
 )
-from joulesmith.compress.quantize.fp8 import Fp8Grid
+from joulesmith.compress.quantize.floats import FloatGrid
 from joulesmith.compress.quantize.gptq import gptq, output_error
 from joulesmith.compress.quantize.grids import grid
 from joulesmith.compress.quantize.histograms import Histogram
@@ -206,7 +206,7 @@ def test_fp8_rows_are_the_nearest_values_in_torchs_own_bytes(
 ) -> None:
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
     g = grid(f"FP8-G{columns}")
-    assert isinstance(g, Fp8Grid)
+    assert isinstance(g, FloatGrid)
     packed = g.pack(w)
     raw, scale = g.stored(packed, columns)
     back = torch.from_numpy(g.unpack(packed, columns))

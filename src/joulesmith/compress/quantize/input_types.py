@@ -43,7 +43,7 @@ SCHEMES: Mapping[str, Scheme] = {
 
 Integers have zero points: on SmolLM2-135M they halve the KL that rounding inputs costs."""
 
-ALLOWANCE = 0.002
+ALLOWANCE = 0.0015
 """Nats a token that all static scales of a model together may cost above scales by token."""
 HELD_OUT = 4
 """One calibration window of so many measures what the others' ranges cost."""
