@@ -24,7 +24,7 @@ from torch import Tensor
 
 from joulesmith.compress.quantize import ranges
 from joulesmith.compress.quantize.histograms import Histogram
-from joulesmith.compress.quantize.tiles import Levels
+from joulesmith.compress.quantize.tiles import Levels, Range
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Tick, silent
 
@@ -179,7 +179,7 @@ def static_quantizer(
     `ranges.mse_grid`; its scale is a float16, as files hold it. Raises `JoulesmithError` as
     they do, and where the range is beyond float16.
     """
-    ways: Mapping[Method, Callable[[], ranges.Range]] = {
+    ways: Mapping[Method, Callable[[], Range]] = {
         "absmax": lambda: ranges.absmax(seen, levels_of(scheme)),
         "percentile": lambda: ranges.percentile(seen, levels_of(scheme), keep=share),
         "mse": lambda: ranges.mse_grid(seen, levels_of(scheme), ratios=RATIOS),
