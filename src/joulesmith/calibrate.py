@@ -42,6 +42,8 @@ class Moments:
     fisher:  (rows,) E[g^2] of the output gradients, float32
     sample:  some tokens as they came, for what second moments cannot tell
     outputs: (rows, rows) E[g g^T], float32, where it was asked for; None elsewhere
+    ends:    (2, columns) least and largest input of each column over all tokens; None for
+             the head
     """
 
     hessian: torch.Tensor
@@ -50,6 +52,7 @@ class Moments:
     tokens: int
     sample: Sample | None = None
     outputs: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -103,15 +106,22 @@ class _Accumulator:
         self.kept: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = []
         self.weight = 0.0
         self.tokens = 0
+        self.ends: torch.Tensor | None = None
 
     def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
         """x (tokens, columns), g (tokens, rows)."""
+        import torch
+
         g2 = g.square()
         s = g2.mean(dim=1)
         # Gradients have heavy tails: without the 1, a few tokens are most of the sum.
         self.fold(x, s / s.mean().clamp_min(1e-30) + 1, g2.sum(dim=0))
         if self.outputs is not None:
             self.outputs.addmm_(g.T, g)
+        low, high = torch.aminmax(x, dim=0)
+        if self.ends is not None:
+            low, high = torch.minimum(low, self.ends[0]), torch.maximum(high, self.ends[1])
+        self.ends = torch.stack([low, high])
 
     def fold(self, x: torch.Tensor, s: torch.Tensor, fisher: torch.Tensor) -> None:
         """x (tokens, columns), s (tokens,) their weights, fisher (rows,) sums to add."""
@@ -151,6 +161,7 @@ class _Accumulator:
             self.tokens,
             self.sample(),
             None if self.outputs is None else self.outputs / n,
+            self.ends,
         )
 
 

@@ -134,6 +134,11 @@ def test_smoothing_pays_where_a_channel_stands_out_and_not_elsewhere() -> None:
     assert calm.alpha is None and torch.equal(calm.scale, torch.ones(24))
     static = search(wild, [layer], Scheme(dynamic=False))
     assert static.damage >= static.by_token > 0
+    # what the sample did not show counts: a static scale covers it
+    ends = 10 * torch.stack(torch.aminmax(x, dim=0))
+    wider = search(x, [layer], Scheme(dynamic=False), ends=ends, alphas=())
+    bare = search(x, [layer], Scheme(dynamic=False), alphas=())
+    assert wider.damage > 20 * bare.damage
 
 
 def test_gradients_say_which_errors_count() -> None:

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from joulesmith.compress.quantize.activations import (
-    Histogram,
     InputQuantizer,
     Scheme,
     quantized_inputs,
     static_quantizer,
 )
 from joulesmith.compress.quantize.grids import grid
+from joulesmith.compress.quantize.histograms import Histogram
 from joulesmith.errors import JoulesmithError
 from joulesmith.export.compressed_tensors import words, write_compressed
 from joulesmith.models import Model, gguf_weight, load, set_gguf_weight
@@ -103,7 +103,7 @@ def quantizers(model: Model, packed: dict[str, Any], scheme: Scheme) -> dict[str
     if scheme.dynamic:
         return dict.fromkeys(packed, InputQuantizer(scheme))
     seen = Histogram()
-    seen.add(torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 2 + 0.3)
+    seen.observe(torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 2 + 0.3)
     found = dict.fromkeys(packed, static_quantizer(seen, scheme, "absmax"))
     down = next(n for n in packed if "ffn_down" in n)
     return found | {down: InputQuantizer(Scheme(scheme.kind, symmetric=scheme.symmetric))}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from joulesmith.compress.quantize.activations import InputQuantizer
-from joulesmith.compress.quantize.fp8 import Fp8Grid
+from joulesmith.compress.quantize.floats import FloatGrid
 from joulesmith.compress.quantize.grids import Bytes, grid
 from joulesmith.compress.quantize.integers import IntGrid, pack_codes
 from joulesmith.errors import JoulesmithError
@@ -25,7 +25,7 @@ from joulesmith.errors import JoulesmithError
 ENGINE_BITS = (4, 8)
 """Widths of packed integers that all engines share, and for which they have kernels."""
 
-Loadable = IntGrid | Fp8Grid
+Loadable = IntGrid | FloatGrid
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Packed:
     @property
     def format(self) -> str:
         """The format's name."""
-        if isinstance(self.grid, Fp8Grid):
+        if isinstance(self.grid, FloatGrid):
             return "float-quantized"
         return "pack-quantized" if self.inputs is None else "int-quantized"
 
@@ -56,7 +56,9 @@ class Packed:
 def loadable(kind: str) -> Loadable | None:
     """The grid of that name where engines have kernels for it, else None."""
     g = grid(kind)
-    if isinstance(g, Fp8Grid) or (isinstance(g, IntGrid) and g.bits in ENGINE_BITS):
+    if (isinstance(g, FloatGrid) and g.in_folders) or (
+        isinstance(g, IntGrid) and g.bits in ENGINE_BITS
+    ):
         return g
     return None
 
@@ -64,7 +66,7 @@ def loadable(kind: str) -> Loadable | None:
 def check(name: str, p: Packed) -> None:
     """Raises `JoulesmithError` for what no engine loads."""
     q = p.inputs
-    if isinstance(p.grid, Fp8Grid):
+    if isinstance(p.grid, FloatGrid):
         if not p.by_row:
             raise JoulesmithError(f"{name} is {p.grid.name}: engines load FP8 with a scale a row")
         if q is None or q.scheme.kind != "fp8":
@@ -81,7 +83,7 @@ def check(name: str, p: Packed) -> None:
 
 def tensors_of(p: Packed) -> dict[str, Tensor]:
     """What the file holds of one layer, by the name behind the module's."""
-    if isinstance(p.grid, Fp8Grid):
+    if isinstance(p.grid, FloatGrid):
         weight, scale = p.grid.stored(p.packed, p.shape[1])
         parts = {"weight": weight.contiguous(), "weight_scale": _half(scale)}
     else:
@@ -130,8 +132,8 @@ def words(codes: NDArray[np.uint8], bits: int) -> Tensor:
 def scheme_of(p: Packed) -> dict[str, Any]:
     """One entry of ``config_groups``, without its targets."""
     weights: dict[str, Any] = {
-        "num_bits": 8 if isinstance(p.grid, Fp8Grid) else p.grid.bits,
-        "type": "float" if isinstance(p.grid, Fp8Grid) else "int",
+        "num_bits": 8 if isinstance(p.grid, FloatGrid) else p.grid.bits,
+        "type": "float" if isinstance(p.grid, FloatGrid) else "int",
         "symmetric": not isinstance(p.grid, IntGrid) or p.grid.symmetric,
         "dynamic": False,
     }

@@ -45,7 +45,7 @@ def write_compressed(
 ) -> int:
     """Write ``model`` with these matrices packed; returns the bytes of the weights.
 
-    packed: GGUF name -> (name of an `IntGrid` or `Fp8Grid`, packed rows in GGUF's order), of
+    packed: GGUF name -> (name of an `IntGrid` or `FloatGrid`, packed rows in GGUF's order), of
     matrices inside decoder blocks, and of a head that is not the embedding; the rest of the model
     is written as it is. inputs: the same
     names -> what rounds the layer's inputs; none for weight-only types. folder: absent or

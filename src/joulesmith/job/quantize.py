@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 from joulesmith.compress.quantize.activations import InputQuantizer, Scheme, quantized_inputs
 from joulesmith.compress.quantize.input_types import (
     SCHEMES,
+    bounded_inputs,
     module_of,
-    static_inputs,
-    too_wide,
     words,
 )
 from joulesmith.compress.quantize.kv_step import QuantizeCache
@@ -268,11 +267,12 @@ def _run(
         with show.stage("judge") as tick:
             quality = judged(tick)
         if done.cache is not None:
-            from joulesmith.compress.quantize.kv_layers import packed_cache
+            from joulesmith.compress.quantize.kv_layers import PackedCache, packed_cache
 
+            bits = PackedCache(model.module.config, done.cache).bits_per_value
             show.expected.setdefault("cache", _CACHE)
             with show.stage("cache") as tick, packed_cache(model.module, done.cache):
-                cached = Cache(done.cache.bits_per_value, judged(tick), str(done.cache))
+                cached = Cache(bits, judged(tick), str(done.cache))
     inside = [r for r in model.matrices() if r.layer is not None and r.name in done.packed]
     staged = workspace.work / ("staged.gguf" if form == forms.GGUF else "staged")
     shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed here
@@ -397,20 +397,13 @@ def input_quantizers(
     show: Progress,
 ) -> dict[str, InputQuantizer]:
     """Module name -> what rounds its inputs; empty for types that leave them alone."""
-    from joulesmith.compress.quantize.sites import folds_of
+    from joulesmith.compress.quantize.smooth_step import predicted_excess
 
     if scheme is None:
         return {}
     if scheme.dynamic:
         return dict.fromkeys(map(module_of, inside), InputQuantizer(scheme))
-    wide = too_wide({f"{i}.{p}": e for i, s in smoothed.items() for p, e in s.excess.items()})
-    by_token = [
-        f"model.layers.{i}.{name}"
-        for i, block in enumerate(model.module.model.layers)
-        for fold in folds_of(block, model.module.config)
-        for name in fold.consumers
-        if f"{i}.{fold.producer}" in wide
-    ]
     show.expected.setdefault("ranges", _RANGES)
     with show.stage("ranges") as tick:
-        return static_inputs(model, inputs.calibration, scheme, by_token, progress=tick)
+        excess = predicted_excess(smoothed)
+        return bounded_inputs(model, inputs.calibration, scheme, excess, progress=tick)

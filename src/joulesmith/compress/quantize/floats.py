@@ -4,13 +4,15 @@ A name is an element and how its scales are stored:
 
     FP8-E4M3, FP8-E5M2, FP6-E2M3, FP6-E3M2, FP4-E2M1, NF4
     -G128      a bfloat16 scale for every 128 columns; a whole row is a group as long as it
+    FP8-G576   E4M3 under a float16 scale for every 576 columns: usually the whole row, as
+               vLLM and `transformers` run it in folders, where all scales are float16
     -G64-DQ    8-bit scales about a mean: two float32 numbers a tensor (QLoRA, section 3)
     -T         one float32 scale for the tensor; columns come in sixteens, as FP8 kernels ask
     -MX        a power of two for every 32 columns (OCP Microscaling Formats v1.0, section 5)
     -NV        an E4M3 scale for every 16 columns under one float32 a tensor
 
-bfloat16 and not float16, since weights near 0.01 under levels up to 57344 ask for scales
-that float16 has no digits for. All scales are positive. Microscaling FP4 is GGUF's
+bfloat16 and not float16 otherwise, since weights near 0.01 under levels up to 57344 ask for
+scales that float16 has no digits for. All scales are positive. Microscaling FP4 is GGUF's
 ``MXFP4`` (`legacy`). Packed rows stand alone: what a tensor shares is repeated at the head
 of each row, and is not counted as stored bits; then the row's scales, then its codes as
 the bit patterns of the type, little end first. `Grid.bind` makes the rows of one tensor
@@ -30,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from joulesmith.compress.quantize import scales
-from joulesmith.compress.quantize.elements import E2M1, ELEMENTS, NF4, Element
+from joulesmith.compress.quantize.elements import E2M1, E4M3, ELEMENTS, NF4, Element
 from joulesmith.compress.quantize.grids import (
     CHUNK,
     Array,
@@ -41,6 +43,7 @@ from joulesmith.compress.quantize.grids import (
     rows_of,
 )
 from joulesmith.compress.quantize.integers import pack_codes, unpack_codes
+from joulesmith.compress.quantize.legacy import HALF_MAX
 from joulesmith.errors import JoulesmithError
 
 LARGEST = 1e15
@@ -84,6 +87,18 @@ class _Own(_Scales):
 
     def decode(self, raw: Tensor, head: Tensor) -> Tensor:
         return raw.contiguous().view(torch.bfloat16)[..., 0].float()
+
+
+class _Half(_Scales):
+    """A float16 each."""
+
+    width = 2
+
+    def encode(self, step: Tensor, head: Tensor) -> Tensor:
+        return scales.half(step.clamp(min=0)).half().contiguous()[..., None].view(torch.uint8)
+
+    def decode(self, raw: Tensor, head: Tensor) -> Tensor:
+        return raw.contiguous().view(torch.float16)[..., 0].float()
 
 
 class _Power(_Scales):
@@ -145,6 +160,7 @@ def _e4m3(x: Tensor) -> Tensor:
 
 _KINDS: dict[str, _Scales] = {
     "G": _Own(),
+    "H": _Half(),
     "DQ": _Centred(),
     "T": _Whole(),
     "MX": _Power(),
@@ -155,7 +171,7 @@ G = TypeVar("G", bound="FloatGrid")
 
 
 class FloatGrid(Grid):
-    """element: see `ELEMENTS`. kind: G, DQ, T, MX or NV, see the module's head.
+    """element: see `ELEMENTS`. kind: G, DQ, T, MX or NV, see the module's head; H for float16.
 
     group: columns that share a scale; fixed by the kinds T, MX and NV. Raises
     `JoulesmithError` for an empty group.
@@ -169,15 +185,16 @@ class FloatGrid(Grid):
         self._scales = _KINDS[kind]
         self.head: Tensor | None = None
         tail = {"G": f"G{group}", "DQ": f"G{group}-DQ"}.get(kind, kind)
+        name = f"FP8-G{group}" if kind == "H" else f"{element.name}-{tail}"
         # Class variables of a GGUF type; here they are the instance's.
         vars(self).update(
-            name=f"{element.name}-{tail}",
+            name=name,
             ggml_type=-1,
             group=group,
             block=group,
             block_bytes=-(-group * element.bits // 8) + self._scales.width,
             levels=element.levels,
-            largest=LARGEST,
+            largest=HALF_MAX if kind == "H" else LARGEST,
             free_scales=self._scales.free and not self._scales.shared,
         )
         super().__init__()
@@ -190,6 +207,11 @@ class FloatGrid(Grid):
         self._code_of[self._patterns] = np.arange(len(element.levels))
         if element is not NF4:  # negative zero is readable, never written
             self._code_of[1 << (element.bits - 1)] = self._code_of[0]
+
+    @property
+    def in_folders(self) -> bool:
+        """Whether folders hold it, and engines load it from there."""
+        return self.kind == "H"
 
     @property
     def bits_per_weight(self) -> float:
@@ -339,16 +361,30 @@ class FloatGrid(Grid):
             )
         return torch.from_numpy(codes.astype(np.uint8)), Lattice(step, None, (head, raw))
 
+    def stored(self, packed: Bytes, columns: int) -> tuple[Tensor, Tensor]:
+        """Packed rows -> torch's own type (rows, columns) and scales (rows, groups).
+
+        Raises `JoulesmithError` for an element that torch has no type for.
+        """
+        if self.element.dtype is None:
+            raise JoulesmithError(f"torch has no type for {self.element.name}")
+        codes, lattice = self.read(packed, columns)
+        raw = torch.from_numpy(self._patterns[codes.numpy()])
+        return raw.view(self.element.dtype), lattice.step
+
 
 _NAME = re.compile(r"(FP8-E4M3|FP8-E5M2|FP6-E2M3|FP6-E3M2|FP4-E2M1|NF4)-(.+)")
+_ROWS = re.compile(r"FP8-G(\d{1,6})")
 _TAIL = re.compile(r"G(\d{1,6})(-DQ)?|T|MX|NV")
 
 
 def by_name(name: str) -> FloatGrid | None:
-    """The grid "FP8-E4M3-G128", "FP4-E2M1-NV", "NF4-G64-DQ" ...; None for another name.
+    """The grid "FP8-G576", "FP8-E4M3-G128", "FP4-E2M1-NV" ...; None for another name.
 
     Raises `JoulesmithError` for an element that has no such scales.
     """
+    if row := _ROWS.fullmatch(name):
+        return FloatGrid(E4M3, "H", int(row[1]))
     match = _NAME.fullmatch(name)
     tail = _TAIL.fullmatch(match[2]) if match else None
     if match is None or tail is None:

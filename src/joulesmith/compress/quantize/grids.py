@@ -392,9 +392,9 @@ def grid(name: str) -> Format:
 
     Raises `JoulesmithError` naming the known ones.
     """
-    from joulesmith.compress.quantize import floats, fp8, integers, kquants, legacy
+    from joulesmith.compress.quantize import floats, integers, kquants, legacy
 
-    own: Format | None = integers.by_name(name) or floats.by_name(name) or fp8.by_name(name)
+    own: Format | None = integers.by_name(name) or floats.by_name(name)
     if own is not None:
         return own
 

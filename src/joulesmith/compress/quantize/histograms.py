@@ -1,7 +1,9 @@
 """What was observed of values that come in batches: exact ends and a histogram, in fixed memory.
 
 For activations, of which no more than a batch is held at a time. Knows no quantizer:
-`ranges` chooses scales from a `Histogram` as it does from a tensor.
+`ranges` chooses scales from a `Histogram` as it does from a tensor, `activations` those of
+static inputs. Bins are equal, not logarithmic, since levels of integers are, and since
+`entropy` asks for it; who expects values far from the usual takes more of them.
 """
 
 from __future__ import annotations
@@ -63,6 +65,10 @@ class Histogram:
         # Where all was zero so far there is no reach yet, and any will do.
         unit = torch.where(self.reach > 0, self.reach, 1.0)[:, None]
         cell = ((values / unit + 1) * (self.bins / 2)).long().clamp_(0, self.bins - 1)
+        if self.channels is None:  # several times as fast as scattering
+            self.counts[0] += torch.bincount(cell[0], minlength=self.bins)
+            self.sums[0] += torch.bincount(cell[0], values[0], minlength=self.bins)
+            return
         self.counts.scatter_add_(1, cell, torch.ones_like(values))
         self.sums.scatter_add_(1, cell, values)
 

@@ -1,11 +1,16 @@
 """The types that round inputs as well as weights, and which layers of a static type cannot be.
 
+A static scale is predicted to cost little and may cost much all the same, since the few tokens
+that a prediction is made from lack the ones that stand out. So predictions only say which
+inputs are worst; how many of them keep a scale by token is measured, by the KL divergence of
+the whole model on calibration windows that no range was chosen on.
+
 Knows models, calibration's histograms and smoothing's predictions; no files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,12 +21,16 @@ from joulesmith.compress.quantize.activations import (
     Method,
     Scheme,
     observe,
+    quantized_inputs,
     static_quantizer,
 )
 from joulesmith.compress.quantize.sites import INPUTS
+from joulesmith.compress.quantize.tune import last_hidden
 from joulesmith.progress import Tick, silent
 
 if TYPE_CHECKING:
+    import torch
+
     from joulesmith.architectures import TensorRef
     from joulesmith.models import Model
 
@@ -34,28 +43,17 @@ SCHEMES: Mapping[str, Scheme] = {
 
 Integers have zero points: on SmolLM2-135M they halve the KL that rounding inputs costs."""
 
-ALLOWANCE = 0.002
+ALLOWANCE = 0.0015
 """Nats a token that all static scales of a model together may cost above scales by token."""
+HELD_OUT = 4
+"""One calibration window of so many measures what the others' ranges cost."""
+ROWS = 128
+"""Tokens whose logits stand at a time."""
 
 
 def row_type(scheme: Scheme, columns: int) -> str:
     """The grid of weights that goes with rounded inputs: one scale a row."""
     return f"{'FP8' if scheme.kind == 'fp8' else 'INT8'}-G{columns}"
-
-
-def too_wide(excess: Mapping[str, float], allowance: float = ALLOWANCE) -> set[str]:
-    """Which inputs need a scale by token, worst first, until the rest stay within ``allowance``.
-
-    excess: input -> predicted nats that a static scale costs above one by token.
-    """
-    left = sum(max(0.0, e) for e in excess.values())
-    chosen: set[str] = set()
-    for name in sorted(excess, key=lambda n: (-excess[n], n)):
-        if left <= allowance:
-            break
-        left -= max(0.0, excess[name])
-        chosen.add(name)
-    return chosen
 
 
 def static_inputs(
@@ -89,6 +87,93 @@ def static_inputs(
         quantizer = static_quantizer(found[group[0]], scheme, method)
         out |= dict.fromkeys(group, quantizer)
     return out
+
+
+def bounded_inputs(
+    model: Model,
+    windows: NDArray[np.int32],
+    scheme: Scheme,
+    excess: Mapping[str, float],
+    *,
+    allowance: float = ALLOWANCE,
+    method: Method = "mse",
+    progress: Tick = silent,
+) -> dict[str, InputQuantizer]:
+    """`static_inputs` with as few scales by token as keep within ``allowance``.
+
+    model: with its rounded weights. windows: (n, length); one of `HELD_OUT` of them measures,
+    the others fix ranges (a single window does both). excess: a module of each group that
+    shares an input -> predicted cost of its static scale, which orders them; groups that are
+    not named come last. Allowed is the KL divergence, in nats a token, to the model with whole
+    inputs, above that of scales by token everywhere.
+    """
+    held = np.zeros(len(windows), bool)
+    held[HELD_OUT - 1 :: HELD_OUT] = True
+    if not held.any():
+        held[-1] = len(windows) > 1
+    fitted, measured = (windows[~held], windows[held]) if held.any() else (windows, windows)
+    static = static_inputs(model, fitted, scheme, (), method, lambda s: progress(0.5 * s))
+    dynamic = InputQuantizer(Scheme(scheme.kind, symmetric=scheme.symmetric))
+    blocks = len(model.module.model.layers)
+    groups = [
+        [f"model.layers.{i}.{name}" for name in group] for i in range(blocks) for group in INPUTS
+    ]
+
+    def cost(group: list[str]) -> float:
+        return max((excess[n] for n in group if n in excess), default=0.0)
+
+    groups.sort(key=cost, reverse=True)
+
+    def chosen(n: int) -> dict[str, InputQuantizer]:
+        by_token = {name for group in groups[:n] for name in group}
+        return {k: dynamic if k in by_token else q for k, q in static.items()}
+
+    whole = last_hidden(model, measured)
+    least = _divergence(model, measured, whole, chosen(len(groups)))
+    steps = 0
+
+    def within(n: int) -> bool:
+        nonlocal steps
+        steps += 1
+        progress(0.5 + 0.5 * (1 - 0.7**steps))
+        return _divergence(model, measured, whole, chosen(n)) - least <= allowance
+
+    return chosen(fewest(len(groups), within))
+
+
+def fewest(most: int, within: Callable[[int], bool]) -> int:
+    """The least n of 0..most for which ``within`` holds, where it holds for all above it too.
+
+    ``within(most)`` is taken for granted. Small n are tried first.
+    """
+    low, high = -1, 0  # it does not hold for low, and perhaps for high
+    while high < most and not within(high):
+        low, high = high, max(1, 2 * high)
+    high = min(high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if within(middle) else (middle, high)
+    return high
+
+
+def _divergence(
+    model: Model,
+    windows: NDArray[np.int32],
+    whole: torch.Tensor,
+    quantizers: Mapping[str, InputQuantizer],
+) -> float:
+    """Mean KL, nats a token, of rounded inputs to whole ones; whole: `last_hidden` of those."""
+    import torch
+
+    head, total = model.module.lm_head, 0.0
+    with quantized_inputs(model.module, quantizers), torch.no_grad():
+        for window, known in zip(windows, whole, strict=True):
+            hidden = last_hidden(model, window[None])[0]
+            for start in range(0, len(hidden), ROWS):
+                cut = slice(start, start + ROWS)
+                p, q = (torch.log_softmax(head(h[cut]), dim=-1) for h in (known, hidden))
+                total += float((p.exp() * (p - q)).sum())
+    return total / whole.shape[0] / whole.shape[1]
 
 
 def module_of(ref: TensorRef) -> str:

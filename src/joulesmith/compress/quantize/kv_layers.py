@@ -4,7 +4,8 @@
 
 What attention reads is what is stored, in the first pass over a prompt too, so that a
 perplexity measured in one pass is that of the cache. With keys by channel, up to a group of
-the newest tokens waits unpacked until the group is full. Keys and values of one layer are
+the newest keys waits unpacked until the group is full (KIVI's residual, as short as it can be;
+values wait for nothing), and `nbytes` counts it. Keys and values of one layer are
 unpacked at a time, in torch: memory is saved, and no time. Knows schemes; no search.
 """
 
@@ -19,7 +20,15 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from joulesmith.compress.quantize.kv_cache import KVScheme, Packed, hadamard, join, pack, unpack
+from joulesmith.compress.quantize.kv_cache import (
+    KVScheme,
+    Packed,
+    hadamard,
+    join,
+    pack,
+    turned,
+    unpack,
+)
 from joulesmith.errors import JoulesmithError
 from joulesmith.models import cache_word
 
@@ -27,15 +36,23 @@ from joulesmith.models import cache_word
 class PackedLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values. ``keys`` holds those that wait for a full group."""
 
-    def __init__(self, scheme: KVScheme) -> None:
+    def __init__(self, scheme: KVScheme, frequencies: Tensor | None = None) -> None:
+        """frequencies: of the keys' position embedding, where the scheme takes it off."""
         super().__init__()
+        if scheme.rope and frequencies is None:
+            raise JoulesmithError("the frequencies of the position embedding are not known")
         self.scheme = scheme
+        self.frequencies = frequencies if scheme.rope else None
+        self._dtype = torch.float32
+        self._heads = 0
         self._packed: dict[str, Packed | None] = {"keys": None, "values": None}
         self._rotation: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take over dtype and device; keys and values (batch, heads, tokens, channels)."""
         super().lazy_initialization(key_states, value_states)
+        self._dtype = key_states.dtype
+        self._heads = int(key_states.shape[1])
         self.keys, self.values = key_states[..., :0, :], value_states[..., :0, :]
         for states in (key_states, value_states):
             self.scheme.check(states.shape[-1])
@@ -56,21 +73,37 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
     def _append(self, what: str, x: Tensor, run: int) -> None:
         if not x.shape[-2]:
             return
-        columns = 1 if run > 1 else min(self.scheme.group, x.shape[-1])
+        packed = self._packed[what]
+        if what == "keys" and self.frequencies is not None:
+            start = 0 if packed is None else int(packed.codes.shape[-2])
+            x = turned(x, self.frequencies, start, back=True)
+        x = self._turn(x)
+        columns = 1
+        if run == 1:
+            columns = self.scheme.columns(*x.shape[1::2])
+            if columns > x.shape[-1]:  # heads side by side
+                x = x.transpose(1, 2).flatten(-2)[:, None]
         new = pack(
-            self._turn(x),
+            x,
             self.scheme.bits,
             tokens=run,
             columns=columns,
             symmetric=self.scheme.symmetric,
         )
-        self._packed[what] = join(self._packed[what], new)
+        self._packed[what] = join(packed, new)
 
     def _read(self, what: str, waiting: Tensor) -> Tensor:
         found = self._packed[what]
         if found is None:
             return waiting
-        stored = self._turn(unpack(found, self.scheme.bits, waiting.dtype))
+        stored = unpack(found, self.scheme.bits, torch.float32)
+        if stored.shape[1] != self._heads:
+            b, _, n, _ = stored.shape
+            stored = stored.view(b, n, self._heads, -1).transpose(1, 2)
+        stored = self._turn(stored)
+        if what == "keys" and self.frequencies is not None:
+            stored = turned(stored, self.frequencies, 0, back=False)
+        stored = stored.to(self._dtype)
         return torch.cat([stored, waiting], dim=-2) if waiting.shape[-2] else stored
 
     def update(
@@ -169,6 +202,27 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]
                 self._packed[what] = found.to(device)
 
 
+def frequencies(config: Any, channels: int) -> Tensor:
+    """Radians a token by which a model's position embedding turns each pair of channels.
+
+    As the text config says it, in the words of any `transformers`. Where a model turns
+    otherwise (by length, or neighbouring channels), packing loses by it and reading stays
+    exact.
+    """
+    told = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind = told.get("rope_type", told.get("type", "default"))
+    if kind != "default":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        if kind in ROPE_INIT_FUNCTIONS:
+            found: Tensor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))[0]
+            return found.float()
+    base = float(told.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
+    part = told.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1
+    width = int(channels * part)
+    return base ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+
+
 class PackedCache(Cache):  # type: ignore[misc]
     """A cache of `PackedLayer`s for ``config``.
 
@@ -185,8 +239,13 @@ class PackedCache(Cache):  # type: ignore[misc]
                 f"{', '.join(sorted(kinds - {'full_attention'}))}"
             )
         heads = text.num_attention_heads
-        scheme.check(getattr(text, "head_dim", None) or text.hidden_size // heads)
-        super().__init__(layers=[PackedLayer(scheme) for _ in range(text.num_hidden_layers)])
+        channels = getattr(text, "head_dim", None) or text.hidden_size // heads
+        scheme.check(channels)
+        held = getattr(text, "num_key_value_heads", None) or heads
+        self.bits_per_value = scheme.bits_for(held, channels)
+        turning = frequencies(text, channels) if scheme.rope else None
+        layers = [PackedLayer(scheme, turning) for _ in range(text.num_hidden_layers)]
+        super().__init__(layers=layers)
 
     @property
     def nbytes(self) -> int:

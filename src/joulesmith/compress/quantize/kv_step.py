@@ -24,6 +24,7 @@ class QuantizeCache(Step):
     group: int = 32
     symmetric: bool = False
     rotate: bool = False
+    rope: bool = False
 
     def apply(
         self, model: Model, calibration: NDArray[np.int32], progress: Tick = silent
@@ -32,6 +33,6 @@ class QuantizeCache(Step):
         from joulesmith.compress.quantize.kv_cache import KVScheme
         from joulesmith.compress.quantize.kv_layers import PackedCache
 
-        scheme = KVScheme(self.bits, self.keys, self.group, self.symmetric, self.rotate)
+        scheme = KVScheme(self.bits, self.keys, self.group, self.symmetric, self.rotate, self.rope)
         PackedCache(model.module.config, scheme)
         return StepRecord(self.name, cache=scheme)

@@ -92,6 +92,41 @@ RATIOS = (
 and 1 % near the whole range, where fine levels have theirs and errors are ragged."""
 
 
+def mse_grid(
+    x: Sample,
+    levels: Levels,
+    granularity: Granularity = TENSOR,
+    *,
+    weight: Tensor | None = None,
+    ratios: tuple[float, ...] = RATIOS,
+) -> Range:
+    """The clipping that makes ``sum weight (x - value)^2`` least, of ratios to the whole range.
+
+    The search of OMSE (Choukroun et al. 2019) and of AWQ's clipping (Lin et al. 2023).
+    Where affine, both ends are first clipped alike, then each on its own. weight: shaped
+    as x, >= 0, e.g. the mean square of a weight's input; not for a `Histogram`, which has
+    its counts.
+    """
+    values, cost = tiles_of(x, granularity, weight)
+    start = absmax(x, levels, granularity)
+    if not levels.affine:
+
+        def search(v: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+            return _best_ratio(v, c, s, levels, ratios)
+
+        (clipped,) = by_chunks(search, values, cost, start.step)
+        return settled(clipped, start.zero, levels, granularity)
+    low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
+    step, zero = by_chunks(
+        lambda v, c, a, b: _best_ends(v, c, a, b, levels, granularity, ratios),
+        values,
+        cost,
+        low,
+        high,
+    )
+    return settled(step, zero, levels, granularity)
+
+
 def mse(
     x: Sample,
     levels: Levels,
@@ -100,12 +135,11 @@ def mse(
     weight: Tensor | None = None,
     snap: scales.Snap | None = None,
 ) -> Range:
-    """The step that makes ``sum weight (x - value)^2`` least: codes for it, then it for them.
+    """As `mse_grid`, by closed form: codes for a step, then the least-squares step for them.
 
     Lloyd's alternation (1982) from several starts, with the kernels that the file formats
-    use (`scales.search_step`, `scales.search_zero`). weight: shaped as x, >= 0,
-    e.g. the mean square of a weight's input; not for a `Histogram`, which has its counts.
-    snap: to the nearest step that can be stored, as `scales.half`; by default float32 steps.
+    use (`scales.search_step`, `scales.search_zero`). weight: see `mse_grid`. snap: to the
+    nearest step that can be stored, as `scales.half`; by default float32 steps.
     """
     keep = snap or (lambda s: s)
     values, cost = tiles_of(x, granularity, weight)

@@ -9,7 +9,7 @@ packed tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,22 +68,40 @@ def walk_rows(
 
     def visit(index: int, moments: Mapping[str, Moments]) -> None:
         refs = layers.get(index, {})
-        block = model.module.model.layers[index]
         if smooth:
             done = known(index)
             if done is None:
-                done = smooth_block(
-                    block, model.module.config, moments, scheme.kind, scheme.dynamic,
-                    scheme.symmetric,
-                )  # fmt: skip
+                done, moments = smooth_at(model, index, moments, scheme)
                 keep(index, done)
             else:
                 _again(model, index, done)
-            moments = moved(moments, block, model.module.config, done)
+                moments = moved(
+                    moments, model.module.model.layers[index], model.module.config, done
+                )
         if not skip([r.name for r in refs.values()]):
-            emit(str(index), [_round(model, ref, index, moments, scheme) for ref in refs.values()])
+            emit(str(index), round_at(model, index, refs.values(), moments, scheme))
 
     calibrate(model.module, windows, visit, seed=seed, scratch=scratch, progress=progress)
+
+
+def smooth_at(
+    model: Model, index: int, moments: Mapping[str, Moments], scheme: Scheme
+) -> tuple[Smoothed, dict[str, Moments]]:
+    """Smooth one block in place; what was done, and its moments as they are now."""
+    block, config = model.module.model.layers[index], model.module.config
+    done = smooth_block(block, config, moments, scheme.kind, scheme.dynamic, scheme.symmetric)
+    return done, moved(moments, block, config, done)
+
+
+def round_at(
+    model: Model,
+    index: int,
+    refs: Iterable[TensorRef],
+    moments: Mapping[str, Moments],
+    scheme: Scheme,
+) -> list[Rounded]:
+    """One block's matrices, rounded; the module keeps its float weights."""
+    return [_round(model, ref, index, moments, scheme) for ref in refs]
 
 
 def _again(model: Model, index: int, done: Smoothed | None) -> None:
@@ -117,6 +135,7 @@ def moved(
                     m,
                     hessian=m.hessian / columns[:, None] / columns,
                     squares=m.squares / columns.square(),
+                    ends=None if m.ends is None else m.ends / columns,
                     sample=sample,
                 )
         if (m := out.get(fold.producer)) is not None:  # a linear layer, not a norm

@@ -19,6 +19,12 @@ _NORMS = (
 )
 INPUTS = (*(consumers for _, consumers in _NORMS), ("self_attn.o_proj",), ("mlp.down_proj",))
 """Linear layers of a block by shared input: engines fuse them and want one scheme for each."""
+READERS = {
+    **{norm: consumers[0] for norm, consumers in _NORMS},
+    "self_attn.v_proj": "self_attn.o_proj",
+    "mlp.up_proj": "mlp.down_proj",
+}
+"""The first layer that reads what a fold's producer gives."""
 
 
 def folds_of(block: torch.nn.Module, config: Any) -> list[Fold]:

@@ -99,9 +99,9 @@ def output_damage(
     return 0.5 * total / max(1, len(x))
 
 
-def static_by_peak(x: Tensor, scheme: Scheme) -> InputQuantizer:
-    """A static quantizer that covers all of x, for comparing factors."""
-    low, high = torch.aminmax(x)
+def static_by_ends(ends: Tensor, scheme: Scheme) -> InputQuantizer:
+    """A static quantizer that covers all of ``ends`` (any shape), for comparing factors."""
+    low, high = torch.aminmax(ends)
     scale, zero = scale_of(low, high, scheme)
     return InputQuantizer(scheme, float(scale), None if zero is None else float(zero))
 
@@ -111,28 +111,35 @@ def search(
     layers: Sequence[Layer],
     scheme: Scheme,
     *,
+    ends: Tensor | None = None,
     channels: Callable[[Tensor], Tensor] = lambda peak: peak,
     columns: Callable[[Tensor], Tensor] = lambda scale: scale,
     alphas: Sequence[float] = ALPHAS,
 ) -> Smoothing:
     """The alpha of least `output_damage`, and its factors.
 
-    x: (tokens, columns) inputs. layers: all that read them. channels, columns: from
+    x: (tokens, columns) inputs. layers: all that read them. ends: (2, columns) least and
+    largest value of each column over all the text that x is drawn from, by default x's own:
+    peaks of a few hundred tokens say little of thousands, and a static scale that covers
+    only them was ten times worse than predicted. channels, columns: from
     columns to producer channels and back (`Fold`'s methods of these names).
     Raises `JoulesmithError` for inputs that are not finite.
     """
     if not bool(torch.isfinite(x).all()):
         raise JoulesmithError("activations hold NaN or infinity: check the model and the text")
 
+    ends = torch.stack(torch.aminmax(x, dim=0)) if ends is None else ends
+
     def damage(scale: Tensor | None, dynamic: bool = scheme.dynamic) -> float:
         s = None if scale is None else columns(scale)
         inputs = x if s is None else x / s
         moved = [Layer(y.weight if s is None else y.weight * s, y.gradient) for y in layers]
         used = Scheme(scheme.kind, dynamic, scheme.symmetric)
-        quantizer = InputQuantizer(used) if dynamic else static_by_peak(inputs, used)
+        reach = ends if s is None else ends / s
+        quantizer = InputQuantizer(used) if dynamic else static_by_ends(reach, used)
         return output_damage(inputs, moved, scheme, quantizer)
 
-    x_peak = channels(x.abs().amax(0))
+    x_peak = channels(ends.abs().amax(0))
     w_peak = channels(torch.stack([y.weight.abs().amax(0) for y in layers]).amax(0))
     before = damage(None)
     best: tuple[float, float | None, Tensor] = (before, None, torch.ones_like(x_peak))

@@ -83,6 +83,7 @@ def smooth_block(
             first.x[::step],
             layers,
             Scheme(kind, dynamic, symmetric),
+            ends=moments[fold.consumers[0]].ends,
             channels=fold.channels,
             columns=fold.columns,
         )
@@ -116,6 +117,18 @@ def smooth_model(
 
     calibrate(model.module, windows[:WINDOWS], visit, seed=seed, progress=progress)
     return done
+
+
+def predicted_excess(done: Mapping[int, Smoothed]) -> dict[str, float]:
+    """What smoothing predicted of static scales: dotted name of a producer's first reader ->
+    nats a token above a scale by token."""
+    from joulesmith.compress.quantize.sites import READERS
+
+    return {
+        f"model.layers.{i}.{READERS[producer]}": excess
+        for i, s in done.items()
+        for producer, excess in s.excess.items()
+    }
 
 
 def write_smoothed(found: Smoothed, path: Path) -> None:
