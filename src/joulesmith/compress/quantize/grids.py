@@ -177,6 +177,8 @@ class Grid(Format):
     """The largest magnitude that the type can hold."""
     first: ClassVar[int] = 0
     """The lowest code that rounding may give (readable codes below it stay readable)."""
+    last: ClassVar[int] = -1
+    """The highest such code, as an index of ``levels``."""
     free_scales: ClassVar[bool] = False
     """Whether each group owns a scale, free of its neighbours', that `storable` can snap."""
 
@@ -200,7 +202,7 @@ class Grid(Format):
     def nearest_level(self, u: Tensor) -> Tensor:
         """Multiples of the step, any shape -> the nearest level, float32."""
         if self._uniform:
-            return u.round().clamp_(self.levels[self.first], self.levels[-1])
+            return u.round().clamp_(self.levels[self.first], self.levels[self.last])
         if not self._whole:
             code = self._above(u)
             return self._levels.index_select(0, code.reshape(-1)).view(u.shape)
@@ -210,7 +212,7 @@ class Grid(Format):
         """Multiples of the step, any shape -> the nearest code, uint8."""
         if self._uniform:
             low = self.levels[0]
-            return (u.round().clamp_(self.levels[self.first], self.levels[-1]) - low).byte()
+            return (u.round().clamp_(self.levels[self.first], self.levels[self.last]) - low).byte()
         if not self._whole:
             return self._above(u).byte()
         return self._table[self._cell(u)]
@@ -392,7 +394,7 @@ def grid(name: str) -> Format:
 
     Raises `JoulesmithError` naming the known ones.
     """
-    from joulesmith.compress.quantize import floats, fp8, integers, kquants, legacy
+    from joulesmith.compress.quantize import floats, fp8, integers, kquants, legacy, ternary
 
     own: Format | None = integers.by_name(name) or floats.by_name(name) or fp8.by_name(name)
     if own is not None:
@@ -401,6 +403,7 @@ def grid(name: str) -> Format:
     known: dict[str, Format] = {c.name: c for c in (F32(), F16(), BF16())}
     known |= legacy.GRIDS
     known |= kquants.GRIDS
+    known |= ternary.GRIDS
     if name not in known:
         raise JoulesmithError(
             f"unknown tensor type {name!r}: known are {', '.join(known)}, INT4-G128, "

@@ -215,7 +215,7 @@ class _Layer(nn.Module):
             w = w - self.lattice.offset[:, :, None]
         step = self.lattice.step[:, :, None]
         exact = torch.where(step == 0, torch.zeros_like(w), w / step)
-        self.low, self.high = float(g.levels[g.first]), float(g.levels[-1])
+        self.low, self.high = float(g.levels[g.first]), float(g.levels[g.last])
         half = _INSIDE * self._reach(level)
         self.start = torch.minimum(torch.maximum(exact, level - half), level + half)
         self.place = nn.Parameter(self.start.clone())
