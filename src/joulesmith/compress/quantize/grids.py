@@ -290,13 +290,7 @@ class Grid(Format):
         parts = []
         for start in range(0, rows, max(1, CHUNK // columns)):
             stop = min(rows, start + max(1, CHUNK // columns))
-            chunk = weight if weight.shape[0] == 1 else weight[start:stop]
-            cut = chunk.view(chunk.shape[0], -1, self.group)
-            alive = cut.sum(-1, keepdim=True) > 0
-            cut = torch.where(alive, cut, torch.ones_like(cut))
-            # only ratios inside a row matter, and float32 has no room for 1e-40
-            cut = cut / cut.amax((1, 2), keepdim=True)
-            full = cut.view(chunk.shape).expand(stop - start, columns)
+            full = balanced(weight, t, start, stop, self.group)
             parts.append(self.search(t[start:stop], full))
         return join(parts)
 
@@ -349,7 +343,7 @@ def rows_of(w: Array, grid: Format) -> Tensor:
                 f"weights hold NaN or infinity: {grid.name} cannot store them; "
                 "check the source model"
             )
-        if isinstance(grid, Grid) and max(-low, high) > grid.largest:
+        if max(-low, high) > getattr(grid, "largest", np.inf):
             raise too_large(grid, t)
     return t
 
@@ -389,12 +383,25 @@ def importance_of(importance: Array | None, w: Tensor) -> Tensor:
     return t.contiguous()
 
 
+def balanced(weight: Tensor, t: Tensor, start: int, stop: int, group: int) -> Tensor:
+    """Weights of squared errors for rows ``start:stop`` of t, (rows, columns), at most 1.
+
+    weight: as from `importance_of`. Groups whose weights are all zero count as if all one.
+    """
+    chunk = weight if weight.shape[0] == 1 else weight[start:stop]
+    cut = chunk.view(chunk.shape[0], -1, group)
+    cut = torch.where(cut.sum(-1, keepdim=True) > 0, cut, torch.ones_like(cut))
+    # only ratios inside a row matter, and float32 has no room for 1e-40
+    cut = cut / cut.amax((1, 2), keepdim=True)
+    return cut.view(chunk.shape).expand(len(t[start:stop]), -1)
+
+
 def grid(name: str) -> Format:
     """The grid called ``name`` (``"Q4_0"``, ``"BF16"``, ``"INT4-G128"``, ``"NF4-G64"`` ...).
 
     Raises `JoulesmithError` naming the known ones.
     """
-    from joulesmith.compress.quantize import floats, fp8, integers, kquants, legacy, ternary
+    from joulesmith.compress.quantize import codebooks, floats, fp8, integers, kquants, legacy, ternary
 
     own: Format | None = integers.by_name(name) or floats.by_name(name) or fp8.by_name(name)
     if own is not None:
@@ -404,6 +411,7 @@ def grid(name: str) -> Format:
     known |= legacy.GRIDS
     known |= kquants.GRIDS
     known |= ternary.GRIDS
+    known |= codebooks.GRIDS
     if name not in known:
         raise JoulesmithError(
             f"unknown tensor type {name!r}: known are {', '.join(known)}, INT4-G128, "
