@@ -19,8 +19,9 @@ from joulesmith.compress.quantize.grids import Grid, grid
 from joulesmith.errors import JoulesmithError
 
 LEGACY = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4"]
-KQUANTS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
-BLOCKS = LEGACY + KQUANTS
+KQUANTS = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"]
+TERNARY = ["TQ1_0", "TQ2_0"]
+BLOCKS = LEGACY + KQUANTS + TERNARY
 CASTS = ["F32", "F16", "BF16"]
 # widest error over the block's range, in half-steps of an even grid, plus scale rounding
 COARSE = {"Q8_0": 254, "Q4_0": 15, "Q4_1": 15, "Q5_0": 31, "Q5_1": 31}

@@ -13,13 +13,16 @@ Tensors in, packed bytes out. Knows no model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from joulesmith.compress.quantize import vector_feedback
 from joulesmith.compress.quantize.grids import Array, Bytes, Format, Grid, Lattice, rows_of
 from joulesmith.compress.quantize.refine import descend
+from joulesmith.compress.quantize.vectors import WIDTH, VectorGrid
 from joulesmith.errors import JoulesmithError
 
 ROWS = 2048
@@ -49,6 +52,20 @@ class Curvature:
         cost = torch.empty_like(self.order, dtype=torch.float32)
         cost[self.order] = self.feedback.diagonal().square().reciprocal()
         return cost
+
+    @cached_property
+    def by_vectors(self) -> tuple[Tensor, Tensor]:
+        """order (n,) and feedback (n, n) that keep vectors of neighbours together.
+
+        Vectors go in order of decreasing sums of their diagonal; columns in a vector stay.
+        """
+        h = self.hessian.double()
+        sums = h.diagonal().view(-1, WIDTH).sum(1)
+        vectors = torch.argsort(sums, descending=True, stable=True)
+        order = (vectors[:, None] * WIDTH + torch.arange(WIDTH)).view(-1)
+        factor = _inverse_factor(h[order][:, order])
+        assert factor is not None  # positive definite in one order is so in any
+        return order, factor.float()
 
 
 def curvature(hessian: Array, *, damping: float = DAMPING) -> Curvature:
@@ -159,7 +176,7 @@ def gptq(
     Errors: those of `Format.pack` and `curvature`.
     """
     t = rows_of(w, grid)
-    if not isinstance(grid, Grid):
+    if not isinstance(grid, Grid | VectorGrid):
         return grid.pack(t)
     c = hessian if isinstance(hessian, Curvature) else curvature(hessian, damping=damping)
     if c.hessian.shape[0] != t.shape[1]:
@@ -175,8 +192,13 @@ def gptq(
     for start in range(0, t.shape[0], ROWS):
         stop = min(start + ROWS, t.shape[0])
         part = lattice.rows(start, stop)
-        codes = feedback_codes(t[start:stop], c, grid, part)
-        codes, part = descend(t[start:stop], c.hessian, grid, codes, part, sweeps=sweeps)
+        x = t[start:stop]
+        if isinstance(grid, VectorGrid):
+            codes = vector_feedback.feedback_codes(x, *c.by_vectors, grid, part)
+            codes, part = vector_feedback.descend(x, c.hessian, grid, codes, part, sweeps=sweeps)
+        else:
+            codes = feedback_codes(x, c, grid, part)
+            codes, part = descend(x, c.hessian, grid, codes, part, sweeps=sweeps)
         out[start:stop] = grid.write(codes, part)
     return out
 

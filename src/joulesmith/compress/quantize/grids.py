@@ -177,6 +177,8 @@ class Grid(Format):
     """The largest magnitude that the type can hold."""
     first: ClassVar[int] = 0
     """The lowest code that rounding may give (readable codes below it stay readable)."""
+    last: ClassVar[int] = -1
+    """The highest such code, as an index of ``levels``."""
     free_scales: ClassVar[bool] = False
     """Whether each group owns a scale, free of its neighbours', that `storable` can snap."""
 
@@ -200,7 +202,7 @@ class Grid(Format):
     def nearest_level(self, u: Tensor) -> Tensor:
         """Multiples of the step, any shape -> the nearest level, float32."""
         if self._uniform:
-            return u.round().clamp_(self.levels[self.first], self.levels[-1])
+            return u.round().clamp_(self.levels[self.first], self.levels[self.last])
         if not self._whole:
             code = self._above(u)
             return self._levels.index_select(0, code.reshape(-1)).view(u.shape)
@@ -210,7 +212,7 @@ class Grid(Format):
         """Multiples of the step, any shape -> the nearest code, uint8."""
         if self._uniform:
             low = self.levels[0]
-            return (u.round().clamp_(self.levels[self.first], self.levels[-1]) - low).byte()
+            return (u.round().clamp_(self.levels[self.first], self.levels[self.last]) - low).byte()
         if not self._whole:
             return self._above(u).byte()
         return self._table[self._cell(u)]
@@ -288,13 +290,7 @@ class Grid(Format):
         parts = []
         for start in range(0, rows, max(1, CHUNK // columns)):
             stop = min(rows, start + max(1, CHUNK // columns))
-            chunk = weight if weight.shape[0] == 1 else weight[start:stop]
-            cut = chunk.view(chunk.shape[0], -1, self.group)
-            alive = cut.sum(-1, keepdim=True) > 0
-            cut = torch.where(alive, cut, torch.ones_like(cut))
-            # only ratios inside a row matter, and float32 has no room for 1e-40
-            cut = cut / cut.amax((1, 2), keepdim=True)
-            full = cut.view(chunk.shape).expand(stop - start, columns)
+            full = balanced(weight, t, start, stop, self.group)
             parts.append(self.search(t[start:stop], full))
         return join(parts)
 
@@ -347,7 +343,7 @@ def rows_of(w: Array, grid: Format) -> Tensor:
                 f"weights hold NaN or infinity: {grid.name} cannot store them; "
                 "check the source model"
             )
-        if isinstance(grid, Grid) and max(-low, high) > grid.largest:
+        if max(-low, high) > getattr(grid, "largest", np.inf):
             raise too_large(grid, t)
     return t
 
@@ -387,12 +383,25 @@ def importance_of(importance: Array | None, w: Tensor) -> Tensor:
     return t.contiguous()
 
 
+def balanced(weight: Tensor, t: Tensor, start: int, stop: int, group: int) -> Tensor:
+    """Weights of squared errors for rows ``start:stop`` of t, (rows, columns), at most 1.
+
+    weight: as from `importance_of`. Groups whose weights are all zero count as if all one.
+    """
+    chunk = weight if weight.shape[0] == 1 else weight[start:stop]
+    cut = chunk.view(chunk.shape[0], -1, group)
+    cut = torch.where(cut.sum(-1, keepdim=True) > 0, cut, torch.ones_like(cut))
+    # only ratios inside a row matter, and float32 has no room for 1e-40
+    cut = cut / cut.amax((1, 2), keepdim=True)
+    return cut.view(chunk.shape).expand(len(t[start:stop]), -1)
+
+
 def grid(name: str) -> Format:
     """The grid called ``name`` (``"Q4_0"``, ``"BF16"``, ``"INT4-G128"``, ``"NF4-G64"`` ...).
 
     Raises `JoulesmithError` naming the known ones.
     """
-    from joulesmith.compress.quantize import floats, integers, kquants, legacy
+    from joulesmith.compress.quantize import codebooks, floats, integers, kquants, legacy, ternary
 
     own: Format | None = integers.by_name(name) or floats.by_name(name)
     if own is not None:
@@ -401,6 +410,8 @@ def grid(name: str) -> Format:
     known: dict[str, Format] = {c.name: c for c in (F32(), F16(), BF16())}
     known |= legacy.GRIDS
     known |= kquants.GRIDS
+    known |= ternary.GRIDS
+    known |= codebooks.GRIDS
     if name not in known:
         raise JoulesmithError(
             f"unknown tensor type {name!r}: known are {', '.join(known)}, INT4-G128, "

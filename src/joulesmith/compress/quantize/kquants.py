@@ -1,8 +1,8 @@
-"""Super-blocks of 256 weights with small-integer scales: Q2_K, Q3_K, Q4_K, Q5_K, Q6_K.
+"""Super-blocks of 256 weights with small-integer scales: Q2_K ... Q6_K and IQ4_XS.
 
 A super-block stores one float16 scale (and one for minima); each of its groups
 stores an integer that multiplies it. Both roundings happen here before any code
-is chosen. Layouts: ggml's ``block_q2_K`` ... ``block_q6_K``.
+is chosen. Layouts: ggml's ``block_q2_K`` ... ``block_q6_K``, ``block_iq4_xs``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from torch import Tensor
 
 from joulesmith.compress.quantize import scales
 from joulesmith.compress.quantize.grids import Bytes, Grid, Lattice
-from joulesmith.compress.quantize.legacy import HALF_MAX, half_bytes, read_half
+from joulesmith.compress.quantize.legacy import (
+    HALF_MAX,
+    IQ4_NL,
+    half_bytes,
+    pair_nibbles,
+    read_half,
+    split_nibbles,
+)
 
 Raw = NDArray[Any]  # uint8 throughout; numpy's stubs lose the width on shifts
 ROUNDS = 2
@@ -323,4 +330,30 @@ class Q6_K(_KGrid):  # noqa: N801
         return low | (high << 4), [read_half(raw[..., 208:]), torch.from_numpy(s)]
 
 
-GRIDS: dict[str, Grid] = {g.name: g for g in (Q2_K(), Q3_K(), Q4_K(), Q5_K(), Q6_K())}
+class IQ4_XS(_KGrid):  # noqa: N801
+    """The levels of IQ4_NL, groups of 32, 6-bit signed scales."""
+
+    name, ggml_type, block_bytes = "IQ4_XS", 23, 136
+    group, levels = 32, IQ4_NL.levels
+    has_minimum, scale_range = False, (-32, 31)
+    largest = HALF_MAX * 113
+    landings = tuple(IQ4_NL.landings)
+
+    def _write(self, c: Raw, d: Tensor, s: Tensor, *minimum: Tensor) -> Raw:
+        blocks = c.shape[:2]
+        six = _small(s + 32)
+        # two bits of each scale in one 16-bit number, four in a nibble
+        high = _planes((six >> 4).reshape(*blocks, 2, 4).swapaxes(2, 3), 2)
+        low = (six[..., 0::2] & 15) | (six[..., 1::2] << 4)
+        q = pair_nibbles(c.reshape(*blocks, 8, 32)).reshape(*blocks, 128)
+        return np.concatenate([half_bytes(d), high, low, q], axis=-1)
+
+    def _read(self, raw: Raw) -> tuple[Raw, list[Tensor]]:
+        blocks = raw.shape[:2]
+        high = _unplanes(raw[..., 2:4], 2).swapaxes(2, 3).reshape(*blocks, 8)
+        nibbles = np.stack([raw[..., 4:8] & 15, raw[..., 4:8] >> 4], axis=-1).reshape(*blocks, 8)
+        q = split_nibbles(raw[..., 8:].reshape(*blocks, 8, 16)).reshape(*blocks, 256)
+        return q, [read_half(raw[..., :2]), _floats(nibbles | (high << 4)) - 32]
+
+
+GRIDS: dict[str, Grid] = {g.name: g for g in (Q2_K(), Q3_K(), Q4_K(), Q5_K(), Q6_K(), IQ4_XS())}

@@ -237,7 +237,7 @@ class _Layer(nn.Module):
         start = torch.minimum(
             torch.maximum(exact, level - _INSIDE * reach), level + _INSIDE * reach
         )
-        low, high = float(g.levels[g.first]), float(g.levels[-1])
+        low, high = float(g.levels[g.first]), float(g.levels[g.last])
         self.low, self.high = (start - reach).clamp_(min=low), (start + reach).clamp_(max=high)
         # Where levels are apart by other than one, steps are as long as they are apart.
         self.gap = None if bool((reach == 0.5).all()) else 2 * reach

@@ -41,7 +41,7 @@ def read_half(raw: Bytes) -> Tensor:
     return torch.from_numpy(h.astype(np.float32))
 
 
-class _Plain(Grid):
+class Plain(Grid):
     """One block, one group, one float16 step and maybe a float16 offset."""
 
     block = 32
@@ -57,7 +57,7 @@ class _Plain(Grid):
     landings: ClassVar[Sequence[float]] = ()
 
     def search(self, x: Tensor, weight: Tensor) -> Lattice:
-        flat, importance = x.reshape(-1, 32), weight.reshape(-1, 32)
+        flat, importance = x.reshape(-1, self.group), weight.reshape(-1, self.group)
         if self.has_offset:
             step, offset = scales.search_affine(flat, importance, self.levels[-1])
             return self._lattice(step.view(len(x), -1), offset.view(len(x), -1))
@@ -103,7 +103,7 @@ def _spread(*spans: tuple[float, float, int]) -> tuple[float, ...]:
     return tuple(float(v) for low, high, n in spans for v in np.linspace(low, high, n))
 
 
-class Q4_0(_Plain):  # noqa: N801
+class Q4_0(Plain):  # noqa: N801
     """``step * (code - 8)``."""
 
     name = "Q4_0"
@@ -114,7 +114,7 @@ class Q4_0(_Plain):  # noqa: N801
     landings = _spread((-9.4, -6.6, 15), (6.2, 8.2, 9))
 
 
-class Q4_1(_Plain):  # noqa: N801
+class Q4_1(Plain):  # noqa: N801
     """``step * code + offset``."""
 
     name = "Q4_1"
@@ -125,7 +125,7 @@ class Q4_1(_Plain):  # noqa: N801
     largest = HALF_MAX
 
 
-class Q5_0(_Plain):  # noqa: N801
+class Q5_0(Plain):  # noqa: N801
     """``step * (code - 16)``."""
 
     name = "Q5_0"
@@ -137,7 +137,7 @@ class Q5_0(_Plain):  # noqa: N801
     landings = _spread((-17.5, -14.1, 18), (14.2, 16.4, 8))
 
 
-class Q5_1(_Plain):  # noqa: N801
+class Q5_1(Plain):  # noqa: N801
     """``step * code + offset``."""
 
     name = "Q5_1"
@@ -149,7 +149,7 @@ class Q5_1(_Plain):  # noqa: N801
     largest = HALF_MAX
 
 
-class Q8_0(_Plain):  # noqa: N801
+class Q8_0(Plain):  # noqa: N801
     """``step * (code - 128)``. Level -128 is readable but never written, as in ggml."""
 
     name = "Q8_0"
@@ -162,7 +162,7 @@ class Q8_0(_Plain):  # noqa: N801
     landings = (125.4, 126.0, 126.6, 127.0, 127.4)
 
 
-class IQ4_NL(_Plain):  # noqa: N801
+class IQ4_NL(Plain):  # noqa: N801
     """``step * levels[code]``: 16 levels, denser near zero."""
 
     name = "IQ4_NL"

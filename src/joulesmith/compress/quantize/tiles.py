@@ -116,7 +116,7 @@ class Levels:
         """The levels of a named grid, as E4M3's or NF4's; symmetric only."""
         if grid.affine:
             raise JoulesmithError(f"{grid.name} has offsets: use Levels.integers(affine=True)")
-        return Levels(grid.levels[grid.first], grid.levels[-1], False, grid.nearest_level)
+        return Levels(grid.levels[grid.first], grid.levels[grid.last], False, grid.nearest_level)
 
 
 @dataclass(frozen=True)
