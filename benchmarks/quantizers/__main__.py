@@ -9,7 +9,8 @@ put into one float32 model and judged by `joulesmith.quality`: perplexity and KL
 model. Every finished run is a line of ``DIR/runs.jsonl``; a second call does what is missing
 and writes ``benchmarks/results/quantizers.md`` anew. ``--table`` only writes the table.
 Time and memory at two sizes: ``--subjects smollm2 --settings W4-g64 --peers ours:default
-llm_compressor:gptq``, once with ``--layers 15`` and once without.
+llm_compressor:gptq --fresh``, once with ``--layers 15`` and once without. With ``ROUNDED`` set to a
+folder, our efforts share what error feedback gave, which spares time but tells none.
 
 Each peer's virtual environment needs torch and transformers, and
 ``llmcompressor==0.14.0.1``, ``auto-round==0.16.1``, ``nvidia-modelopt==0.47.0``,
@@ -69,9 +70,8 @@ def main() -> None:
         )
         wanted = [p for p in PLAN if args.peers is None or {p.peer, p.label} & set(args.peers)]
         for name in args.subjects:
-            fresh = args.fresh or name == "smollm2"
             for runs in order(runner, name, wanted, args.settings, args.seeds, args.windows):
-                runner.do(runs, args.layers, fresh=fresh)
+                runner.do(runs, args.layers, fresh=args.fresh)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python -m benchmarks.quantizers", *_shown()])
     args.out.write_text(table.render(args.work / "runs.jsonl", command))

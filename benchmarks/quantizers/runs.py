@@ -37,7 +37,7 @@ class Planned:
 
 PLAN = (
     Planned("nearest", "absmax", seeded=False),
-    Planned("ours", "feedback"),
+    Planned("ours", "fast"),
     Planned("ours", "default"),
     Planned("ours", "thorough"),
     Planned("llm_compressor", "gptq"),

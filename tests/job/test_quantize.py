@@ -88,7 +88,7 @@ def test_rounded_inputs_are_judged_and_written(
         (("--type", "W8A8", "--kv-cache", "3"), "8 or 4 bits"),
         (("--type", "INT4-G48"), "blocks of 48"),
         (("--calib", "absent.txt"), "no such text file"),
-        (("--effort", "great"), "nearest, default, thorough"),
+        (("--effort", "great"), "nearest, fast, default, thorough"),
         (("--format", "gguf"), "a GGUF is a file"),
         (("--format", "zip"), "compressed-tensors, gguf, onnx, openvino"),
         (("--recipe", "absent.yaml"), "cannot read absent.yaml"),
@@ -107,25 +107,25 @@ def test_bad_input_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_thorough_keeps_more_and_goes_on_where_it_stopped(
+def test_learned_rounding_keeps_more_and_goes_on_where_it_stopped(
     tiny: Path, tmp_path: Path, joulesmith: Run
 ) -> None:
     pytest.importorskip("compressed_tensors")
     found = {}
-    for effort in ("nearest", "default", "thorough"):
+    for effort in ("nearest", "fast", "default"):
         words = ("quantize", tiny, "--type", "INT4-G32", "--effort", effort, "--json")
         done = joulesmith(*words, "--out", tmp_path / effort)
         assert done.returncode == 0, done.stderr
         found[effort] = json.loads(done.stdout)["quality"]["kl"]
     assert found["default"] < found["nearest"]
-    assert found["thorough"] < found["default"]
-    words = ("quantize", tiny, "--type", "INT4-G32", "--effort", "thorough")
+    assert found["default"] < found["fast"]
+    words = ("quantize", tiny, "--type", "INT4-G32")
     again = tmp_path / "again"
     assert joulesmith(*words, "--out", again, until="tune:").returncode == -signal.SIGKILL
     page = tmp_path / "map.html"
     done = joulesmith(*words, "--out", again, "--map", page)
     assert done.returncode == 0, done.stderr
-    weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("thorough", "again")]
+    weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("default", "again")]
     assert weights[0] == weights[1], "the same bytes as a run that was not killed"
     assert "<svg" in page.read_text()
 

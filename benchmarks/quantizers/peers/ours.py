@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,10 @@ def type_name(setting: Setting) -> str:
 def quantize(model: Any, windows: Any, setting: Setting, variant: str, seed: int) -> Any:
     """Round every matrix of the blocks; the model then holds the rounded weights.
 
-    variant: "feedback" for error feedback and coordinate descent alone, or an effort of the
-    command `joulesmith quantize`, which adds tuning ("default") and learned rounding before
-    it ("thorough").
+    variant: an effort of the command `joulesmith quantize`. With ``ROUNDED`` set, what error
+    feedback gave is kept there for the efforts that start from it, and times mean nothing.
     """
+    import numpy as np
     import torch
 
     from joulesmith.compress.quantize.grids import grid
@@ -41,6 +43,7 @@ def quantize(model: Any, windows: Any, setting: Setting, variant: str, seed: int
     from joulesmith.compress.quantize.rounding import FINE_BITS
     from joulesmith.compress.quantize.tune import last_hidden, tune
     from joulesmith.compress.quantize.walk import walk
+    from joulesmith.job.refine import EFFORTS
     from joulesmith.models import set_gguf_weight
 
     kind = type_name(setting)
@@ -54,12 +57,21 @@ def quantize(model: Any, windows: Any, setting: Setting, variant: str, seed: int
             if r.ref.layer is not None:
                 packed[r.ref.name] = (r.grid.name, r.packed)
 
-    walk(model, windows, types, emit, effort="default", seed=seed)
-    if variant != "feedback" and setting.bits < FINE_BITS:
+    effort = EFFORTS[variant]
+    place = os.environ.get("ROUNDED")
+    digest = sha256(windows.tobytes() + model.name.encode()).hexdigest()[:16]
+    kept = None if place is None else Path(place) / f"{digest}-{kind}-{effort.rounding}-{seed}.npz"
+    if kept is not None and kept.exists():
+        with np.load(kept, allow_pickle=False) as z:
+            packed = {name: (kind, z[name]) for name in z.files}
+    else:
+        walk(model, windows, types, emit, effort=effort.rounding, seed=seed)
+        if kept is not None:
+            np.savez(kept, **{name: raw for name, (_, raw) in packed.items()})
+    if setting.bits < FINE_BITS and effort.tune_epochs:
         teacher = last_hidden(model, windows)
-        if variant == "thorough":
-            packed = learn(model, packed, windows, seed=seed).packed
-        packed = tune(model, packed, windows, teacher, seed=seed).packed
+        packed = learn(model, packed, windows, steps=effort.learn_steps, seed=seed).packed
+        packed = tune(model, packed, windows, teacher, epochs=effort.tune_epochs, seed=seed).packed
     for name, (k, raw) in packed.items():
         columns = model.ref(name).shape[1]
         set_gguf_weight(model, name, torch.from_numpy(grid(k).unpack(raw, columns)))

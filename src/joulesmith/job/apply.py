@@ -115,12 +115,10 @@ def _quantize(
         with show.stage("round") as tick:
             store = _round(model, step, types, inputs, folder, tick)
         packed = {n: (k, store.packed(n, k)) for n, k in types.items()}
-        effort = "thorough" if step.learn_steps else "default" if step.tune_epochs else "nearest"
     else:
         with show.stage("round") as tick:
             store, smoothed = round_rows(model, scheme, inputs, workspace, step.seed, tick)
         packed = {n: (k, store.packed(n, k)) for n, k in types.items()}
-        effort = "nearest"
         done.smoothing = sum(len(s.scales) for s in smoothed.values())
     done.damage |= {n: store.damage[n][k] for n, (k, _) in packed.items()}
     settle_head(model, packed)
@@ -128,7 +126,6 @@ def _quantize(
         model,
         packed,
         inputs.calibration,
-        effort,
         workspace.work,
         step.seed,
         show,

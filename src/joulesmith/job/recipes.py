@@ -17,13 +17,12 @@ from joulesmith.compress.quantize.grids import grid
 from joulesmith.compress.quantize.input_step import RoundInputs
 from joulesmith.compress.quantize.input_types import SCHEMES, row_type
 from joulesmith.compress.quantize.kv_step import QuantizeCache
-from joulesmith.compress.quantize.learned import STEPS
 from joulesmith.compress.quantize.smooth_step import Smooth
 from joulesmith.compress.quantize.step import Quantize
-from joulesmith.compress.quantize.tune import EPOCHS
 from joulesmith.compress.recipe import Recipe
 from joulesmith.errors import JoulesmithError
 from joulesmith.export import forms
+from joulesmith.job.refine import EFFORTS
 from joulesmith.models import EMBEDDING
 
 if TYPE_CHECKING:
@@ -74,9 +73,9 @@ def recipe_of(
             Quantize(
                 types={} if embedding is None else dict.fromkeys(ends, embedding),
                 default=kind,
-                effort="nearest" if effort == "nearest" else "default",
-                learn_steps=STEPS if effort == "thorough" else 0,
-                tune_epochs=0 if effort == "nearest" else EPOCHS,
+                effort=EFFORTS[effort].rounding,
+                learn_steps=EFFORTS[effort].learn_steps,
+                tune_epochs=EFFORTS[effort].tune_epochs,
                 seed=seed,
             )
         )

@@ -6,8 +6,9 @@ Learned blocks are kept in the run's folder as they come, so that an interrupted
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -25,35 +26,50 @@ if TYPE_CHECKING:
 
 Packed = dict[str, tuple[str, Bytes]]
 
-EFFORTS = ("nearest", "default", "thorough")
-"""Rounding alone; error feedback, then tuning; learned rounding between the two."""
-_TUNE, _LEARN = 90, 600  # costs of the stages
+
+@dataclass(frozen=True)
+class Effort:
+    """rounding: of `walk`. learn_steps, tune_epochs: of `learn` and `tune`; 0 for none."""
+
+    rounding: Literal["nearest", "default", "thorough"]
+    learn_steps: int = 0
+    tune_epochs: int = 0
+
+
+EFFORTS = {
+    "nearest": Effort("nearest"),
+    "fast": Effort("default"),
+    "default": Effort("default", STEPS, EPOCHS),
+    "thorough": Effort("thorough", 4 * STEPS, 2 * EPOCHS),
+}
+"""Rounding alone, to nearest or with error feedback; learned and tuned as well."""
+_TUNE, _LEARN = 90, 300  # costs of the stages
 
 
 def refine(
     model: Model,
     packed: Mapping[str, tuple[str, Bytes]],
     calibration: NDArray[np.int32],
-    effort: str,
     folder: Path,
     seed: int,
     show: Progress,
     *,
-    learn_steps: int = STEPS,
-    tune_epochs: int = EPOCHS,
+    learn_steps: int,
+    tune_epochs: int,
 ) -> Packed:
     """Better codes, scales and norms for what is packed; ``model`` has them at the end.
 
     model: the float model. Norms and biases are rounded to float16 where they were tuned,
-    since that is what folders hold. learn_steps, tune_epochs: of `learn` and `tune`.
+    since that is what folders hold. learn_steps, tune_epochs: of `learn` and `tune`; 0 for none.
+    Neither runs where all types are of eight bits and more.
     """
     coarse = any(grid(kind).bits_per_weight < FINE_BITS for kind, _ in packed.values())
-    if effort == "nearest" or not coarse:
+    if not coarse or not (learn_steps or tune_epochs):
         _fill(model, packed)
         return dict(packed)
     teacher = last_hidden(model, calibration)
     found = dict(packed)
-    if effort == "thorough":
+    if learn_steps:
         show.expected.setdefault("learn", _LEARN)
         with show.stage("learn") as tick:
             found = learn(
@@ -66,11 +82,14 @@ def refine(
                 known=lambda index: _known(folder / f"learned-{index}.npz"),
                 progress=tick,
             ).packed
-    show.expected.setdefault("tune", _TUNE)
-    with show.stage("tune") as tick:
-        found = tune(
-            model, found, calibration, teacher, epochs=tune_epochs, seed=seed, progress=tick
-        ).packed
+    if tune_epochs:
+        show.expected.setdefault("tune", _TUNE)
+        with show.stage("tune") as tick:
+            found = tune(
+                model, found, calibration, teacher, epochs=tune_epochs, seed=seed, progress=tick
+            ).packed
+    else:
+        _fill(model, found)
     with torch.no_grad():
         for p in model.module.parameters():
             if p.ndim == 1:

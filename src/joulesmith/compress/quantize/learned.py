@@ -33,8 +33,12 @@ if TYPE_CHECKING:
     from joulesmith.models import Model
 
 STEPS = 200
-BATCH = 8
-"""Windows a step; steps and batch are the paper's."""
+BATCH = 2
+"""Windows a step. The paper has 8; at the same number of tokens more steps of fewer are better,
+and a quarter of the tokens is as good (stories260K, 3 bits: KL 0.169 with 200 steps of 2, 0.174
+with 200 of 8, 0.164 with 400 of 2)."""
+PASS = 8
+"""Windows that go through a block at a time."""
 JUDGED = 32
 """Windows that say which parameters are best; ten times in a block."""
 SCALE_SHARE = 0.1
@@ -331,4 +335,4 @@ def _through(block: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
 
     kwargs: as the model gave them for one window; positions and mask are the same for all.
     """
-    return torch.cat([first(block(x[i : i + BATCH], **kwargs)) for i in range(0, len(x), BATCH)])
+    return torch.cat([first(block(x[i : i + PASS], **kwargs)) for i in range(0, len(x), PASS)])

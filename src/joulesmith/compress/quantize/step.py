@@ -28,7 +28,7 @@ class Quantize(Step):
     head stay as they are unless they are); see `choice.choose`. A type with rounded inputs
     ("W8A8", see `input_types`) is for all: default alone. ranges: how scales of
     integer grids are chosen, see `chosen`; None for the search under the Hessian. learn_steps:
-    of learned rounding, block by block (`learned`; 200 in its paper, 0 for none). tune_epochs: of
+    of learned rounding, block by block (`learned`; 0 for none). tune_epochs: of
     tuning scales and norms (`tune`; 2 is enough). seed: of the labels drawn for the
     Fisher information, and of both.
     """
