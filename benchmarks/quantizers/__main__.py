@@ -13,7 +13,7 @@ llm_compressor:gptq --fresh``, once with ``--layers 15`` and once without. With 
 folder, our efforts share what error feedback gave, which spares time but tells none.
 
 Each peer's virtual environment needs torch and transformers, and
-``llmcompressor==0.14.0.1``, ``auto-round==0.16.1``, ``nvidia-modelopt==0.47.0``,
+``llmcompressor==0.14.0.1``, ``auto-round==0.16.1``, ``nvidia-modelopt==0.47.0 requests``,
 ``nncf==3.4.0`` or ``torchao==0.18.0``; they do not agree on versions of transformers, hence
 one environment each. GGUF types at equal bytes: ``python -m benchmarks.quantizers.gguf_types``.
 """
