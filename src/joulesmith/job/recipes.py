@@ -163,6 +163,10 @@ def fit(recipe: Recipe, model: Model, form: str) -> Fitted:
             )
         if name in settled:
             forms.check(form, ref, settled[name], found.scheme if inside else None)
+    if form == "compressed-tensors" and set(settled.values()) <= {forms.UNTOUCHED}:
+        raise JoulesmithError(
+            "nothing is quantized: compressed-tensors wants a matrix of another type than F16"
+        )
     found.types = settled
     return found
 
