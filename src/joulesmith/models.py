@@ -316,8 +316,9 @@ def _start(path: Path) -> bytes:
 
 def _from_llama2c(source: Source, dtype: torch.dtype) -> Model:
     from joulesmith.formats.llama2c_file import read_llama2c
+    from joulesmith.llama2c import Llama2cShelf, llama2c_config, vocabulary_beside
     from joulesmith.vocab_folder import tokenizer_of_sentencepiece
-    from joulesmith.weights import Llama2cShelf, build, llama2c_config
+    from joulesmith.weights import build
 
     found = read_llama2c(source.path)
     if found is None:  # it was one a moment ago
@@ -325,23 +326,11 @@ def _from_llama2c(source: Source, dtype: torch.dtype) -> Model:
     header, stored = found
     config = llama2c_config(header)
     check_config(config, source.path)
-    tokenizer, keys = tokenizer_of_sentencepiece(_vocabulary_beside(source.path), config)
+    tokenizer, keys = tokenizer_of_sentencepiece(vocabulary_beside(source.path), config)
     module, refs = build(config, Llama2cShelf(header, stored), dtype, source.path)
     metadata = {**hyperparameters(config, source.name), **keys}
     origin = f"{source.name}, float32 llama2.c checkpoint {source.origin}"
     return _model(source.name, module, tokenizer, origin, source, None, metadata, refs, {})
-
-
-def _vocabulary_beside(path: Path) -> Path:
-    """The SentencePiece model that goes with a checkpoint: of its name, or the only one there."""
-    for name in (path.with_suffix(".model"), path.with_name("tokenizer.model")):
-        if name.is_file():
-            return name
-    found = sorted(p for p in path.parent.glob("*.model") if p.is_file())
-    if len(found) == 1:
-        return found[0]
-    what = "several *.model files" if found else "no SentencePiece tokenizer (*.model)"
-    raise JoulesmithError(f"{what} beside {path}: name the right one {path.stem}.model")
 
 
 def _from_folder(source: Source, dtype: torch.dtype) -> Model:

@@ -204,6 +204,7 @@ def test_rounded_inputs_from_a_recipe_are_those_of_the_type(tiny: Path, tmp_path
         ("gguf", "step: lowrank, parameters: 0.8", "kept: false"),
         ("gguf", "step: quantize, types: {blk.9.x: Q8_0}", "no matrix 'blk.9.x'"),
         ("gguf", "step: quantize", "quantizes nothing"),
+        ("compressed-tensors", "step: quantize, default: F16", "nothing is quantized"),
         ("gguf", "step: polish", "unknown step"),
         ("gguf", "step: quantize, default: Q9_9", "unknown tensor type"),
         ("compressed-tensors", "step: round-inputs", "rounded inputs but no quantized weights"),

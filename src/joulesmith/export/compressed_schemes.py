@@ -68,7 +68,9 @@ def check(name: str, p: Packed) -> None:
     q = p.inputs
     if isinstance(p.grid, FloatGrid):
         if not p.by_row:
-            raise JoulesmithError(f"{name} is {p.grid.name}: engines load FP8 with a scale a row")
+            raise JoulesmithError(
+                f"{name} is {p.grid.name}: engines load FP8 with a scale a row: give FP8"
+            )
         if q is None or q.scheme.kind != "fp8":
             raise JoulesmithError(f"{name} is {p.grid.name}: its inputs must be FP8 too")
     elif q is not None:

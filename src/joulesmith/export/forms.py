@@ -7,6 +7,7 @@ the bytes look like is each exporter's own business.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,8 @@ def check(form: str, ref: TensorRef, kind: str, scheme: Scheme | None = None) ->
         found = loadable(kind)
         if found is None:
             raise _refused(form, ref, kind, "give INT4-G128, INT8-G64-ZP, FP8 ... (4 or 8 bits)")
-        inputs = None if scheme is None else InputQuantizer(scheme)
+        # Static scales are not known yet, and what loads does not hang on them.
+        inputs = None if scheme is None else InputQuantizer(replace(scheme, dynamic=True))
         shape = (ref.shape[0], ref.shape[1])
         loads(ref.name, Packed(found, np.empty((0, 0), np.uint8), shape, inputs))
         return

@@ -73,7 +73,7 @@ def apply(
         show.expected.setdefault(step.name, _OTHER)
         with show.stage(step.name) as tick:
             record = step.apply(model, inputs.calibration, tick)
-        done.notes += record.notes
+        done.notes += [n for n in record.notes if n not in done.notes]
         done.inputs |= record.inputs
         done.cache = record.cache or done.cache
         if record.packed:
@@ -126,7 +126,7 @@ def _quantize(
         model,
         packed,
         inputs.calibration,
-        workspace.work,
+        folder,  # learned blocks are kept beside rounded ones
         step.seed,
         show,
         learn_steps=step.learn_steps,

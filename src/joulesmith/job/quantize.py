@@ -24,8 +24,8 @@ from joulesmith.compress.quantize.input_types import (
     module_of,
     words,
 )
-from joulesmith.compress.quantize.kv_step import QuantizeCache
 from joulesmith.compress.recipe import Recipe, read_recipe
+from joulesmith.engines import get_engine
 from joulesmith.errors import JoulesmithError
 from joulesmith.export import forms
 from joulesmith.job import apply, recipes
@@ -130,6 +130,8 @@ def quantize(
     from joulesmith.models import load
 
     forms.ready(form)
+    if form == forms.GGUF:
+        get_engine("llama.cpp")
     if effort not in EFFORTS:
         raise JoulesmithError(f"--effort {effort}: give one of {', '.join(EFFORTS)}")
     if kv_cache is not None and kv_cache not in DEFAULTS:
@@ -141,7 +143,7 @@ def quantize(
                 "--recipe says it all: leave out --type, --effort, --rotate, --embedding and "
                 "--kv-cache"
             )
-        calib, seed, share = _calibration(given, calib, seed)
+        calib, seed, share = recipes.calibration_of(given, calib, seed)
     seed = 0 if seed is None else seed
     kind = kind or recipes.DEFAULT.get(form, "INT4-G64")
     for name in (kind, embedding):
@@ -164,7 +166,6 @@ def quantize(
         else:
             steps, kind = given, "recipe"
         fitted = recipes.fit(steps, loaded, form)
-        _check_cache(steps, loaded)
     windows = [round(CALIBRATION * share), LENGTH]
     told = {"calib": calib, "seed": seed, "windows": windows}
     steps = replace(steps, model=loaded.name, calibration=told)
@@ -182,39 +183,15 @@ def quantize(
     return replace(found, folder=str(out), type=kind, effort=effort)
 
 
-def _calibration(
-    given: Recipe, calib: str | None, seed: int | None
-) -> tuple[str | None, int, float]:
-    """The text and seed of a recipe, where the command does not say otherwise, and the share of
-    the usual number of windows that it was made with."""
-    told = given.calibration
-    theirs, number = told.get("calib"), told.get("seed", 0)
-    if theirs is not None and not isinstance(theirs, str):
-        raise JoulesmithError("the recipe's calibration: calib is no path")
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise JoulesmithError("the recipe's calibration: seed is no whole number")
-    if calib is None and theirs is not None:
-        if not theirs.startswith("hf:") and not Path(theirs).is_file():
-            raise JoulesmithError(
-                f"no such text file: {theirs}, on which the recipe calibrates: give --calib"
-            )
-        calib = theirs
-    windows = told.get("windows", [CALIBRATION, LENGTH])
-    count: Any = windows[0] if isinstance(windows, list) and windows else None
-    whole = isinstance(count, int) and not isinstance(count, bool)
-    if not whole or windows != [count, LENGTH] or not 16 <= count <= 4096:
-        raise JoulesmithError(f"the recipe's calibration: windows is not [16 to 4096, {LENGTH}]")
-    return calib, number if seed is None else seed, count / CALIBRATION
-
-
 def _check_out(out: Path, form: str) -> None:
     if form == forms.GGUF:
         if out.suffix.lower() != ".gguf":
             raise JoulesmithError(f"--out {out}: a GGUF is a file: give a name such as {out}.gguf")
         if out.exists():
             raise JoulesmithError(f"{out} exists: choose a new file for --out")
+        running = out.with_name(out.name + ".work").exists()  # killed as it moved them
         for file in (beside_of(out), out.with_suffix(forms.ADAPTER_SUFFIX)):
-            if file.exists():
+            if file.exists() and not running:
                 raise JoulesmithError(f"{file} exists: choose another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise JoulesmithError(f"{out} exists: choose a new folder for --out")
@@ -225,17 +202,6 @@ def _check_out(out: Path, form: str) -> None:
 def beside_of(out: Path) -> Path:
     """Where the recipe of a GGUF lies."""
     return out.with_suffix(f".{RECIPE}")
-
-
-def _check_cache(recipe: Recipe, model: Model) -> None:
-    """Heads that a cache does not fit are told before any work is done."""
-    from joulesmith.compress.quantize.kv_cache import KVScheme
-    from joulesmith.compress.quantize.kv_layers import PackedCache
-
-    for step in recipe.steps:
-        if isinstance(step, QuantizeCache):
-            settings = {k: getattr(step, k) for k in QuantizeCache.model_fields}
-            PackedCache(model.module.config, KVScheme(**settings))
 
 
 def _run(
@@ -318,7 +284,6 @@ def _in_llama(
     path: Path, adapter: Path | None, reference: Reference, show: Progress
 ) -> tuple[str, Quality]:
     """What the written file keeps where it will run."""
-    from joulesmith.engines import get_engine
     from joulesmith.job.judge import score_file
 
     engine = get_engine("llama.cpp")

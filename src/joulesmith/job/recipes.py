@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from joulesmith.compress.lowrank.absorb_step import Absorb
 from joulesmith.compress.lowrank.step import LowRank
@@ -22,6 +23,7 @@ from joulesmith.compress.quantize.step import Quantize
 from joulesmith.compress.recipe import Recipe
 from joulesmith.errors import JoulesmithError
 from joulesmith.export import forms
+from joulesmith.job.inputs import CALIBRATION, LENGTH
 from joulesmith.job.refine import EFFORTS
 from joulesmith.models import EMBEDDING
 
@@ -115,6 +117,9 @@ def fit(recipe: Recipe, model: Model, form: str) -> Fitted:
     Raises `JoulesmithError`, naming tensor, type and format, for anything that the format
     cannot hold, steps in an order that loses work, and matrices that two steps quantize.
     """
+    from joulesmith.compress.quantize.kv_cache import KVScheme
+    from joulesmith.compress.quantize.kv_layers import PackedCache
+
     found = Fitted()
     untied = False
     for i, step in enumerate(recipe.steps):
@@ -132,6 +137,9 @@ def fit(recipe: Recipe, model: Model, form: str) -> Fitted:
             )
         elif isinstance(step, RoundInputs):
             _schemed(found, step.scheme, i)
+        elif isinstance(step, QuantizeCache):
+            settings = {k: getattr(step, k) for k in QuantizeCache.model_fields}
+            PackedCache(model.module.config, KVScheme(**settings))  # do heads fit it?
         elif isinstance(step, Absorb):
             if form not in forms.ADAPTERS:
                 raise JoulesmithError(
@@ -154,6 +162,10 @@ def fit(recipe: Recipe, model: Model, form: str) -> Fitted:
             )
         if name in settled:
             forms.check(form, ref, settled[name], found.scheme if inside else None)
+    if form == "compressed-tensors" and set(settled.values()) <= {forms.UNTOUCHED}:
+        raise JoulesmithError(
+            "nothing is quantized: compressed-tensors wants a matrix of another type than F16"
+        )
     found.types = settled
     return found
 
@@ -207,3 +219,28 @@ def settle_types(model: Model, types: dict[str, str], untied: bool = False) -> d
     if grid(head).row_bytes(columns) >= grid(embedding).row_bytes(columns):
         found[EMBEDDING] = found.pop(HEAD)
     return found
+
+
+def calibration_of(
+    given: Recipe, calib: str | None, seed: int | None
+) -> tuple[str | None, int, float]:
+    """The text and seed of a recipe, where the command does not say otherwise, and the share of
+    the usual number of windows that it was made with."""
+    told = given.calibration
+    theirs, number = told.get("calib"), told.get("seed", 0)
+    if theirs is not None and not isinstance(theirs, str):
+        raise JoulesmithError("the recipe's calibration: calib is no path")
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise JoulesmithError("the recipe's calibration: seed is no whole number")
+    if calib is None and theirs is not None:
+        if not theirs.startswith("hf:") and not Path(theirs).is_file():
+            raise JoulesmithError(
+                f"no such text file: {theirs}, on which the recipe calibrates: give --calib"
+            )
+        calib = theirs
+    windows = told.get("windows", [CALIBRATION, LENGTH])
+    count: Any = windows[0] if isinstance(windows, list) and windows else None
+    whole = isinstance(count, int) and not isinstance(count, bool)
+    if not whole or windows != [count, LENGTH] or not 16 <= count <= 4096:
+        raise JoulesmithError(f"the recipe's calibration: windows is not [16 to 4096, {LENGTH}]")
+    return calib, number if seed is None else seed, count / CALIBRATION

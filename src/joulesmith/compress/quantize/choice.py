@@ -79,7 +79,7 @@ def choose(
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         notes.append(
             f"{names[0]}{more}: rows of {columns} weights hold no whole {kind} blocks of "
-            f"{grid(kind).block}: {found}"
+            f"{grid(kind).block}: {found} instead"
         )
     return Choice(chosen, tuple(notes))
 

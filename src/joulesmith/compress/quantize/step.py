@@ -103,11 +103,18 @@ class Quantize(Step):
         windows: NDArray[np.int32],
         progress: Tick,
     ) -> dict[str, tuple[str, NDArray[np.uint8]]]:
+        """As `job.refine`, which also keeps what is done: the same bytes."""
+        import torch
+
+        from joulesmith.compress.quantize.grids import grid
         from joulesmith.compress.quantize.learned import learn
+        from joulesmith.compress.quantize.rounding import FINE_BITS
         from joulesmith.compress.quantize.tune import last_hidden, tune
 
         if "output.weight" in packed and model.tied:
             raise JoulesmithError("a tied head stored apart cannot be learned or tuned")
+        if all(grid(kind).bits_per_weight >= FINE_BITS for kind, _ in packed.values()):
+            return packed
         teacher = last_hidden(model, windows)
         inside = {n: p for n, p in packed.items() if model.ref(n).layer is not None}
         if self.learn_steps:
@@ -119,4 +126,8 @@ class Quantize(Step):
                 model, packed, windows, teacher, epochs=self.tune_epochs, seed=self.seed,
                 progress=progress,
             ).packed  # fmt: skip
+        with torch.no_grad():
+            for p in model.module.parameters():
+                if p.ndim == 1:
+                    p.copy_(p.half())
         return packed
