@@ -175,7 +175,7 @@ def test_moments_of_the_smoothed_block_are_those_measured_on_it(
             p = predicted[i][name]
             # Weights of tokens come from gradients, which a producer's own rows rescale.
             producer = name in ("self_attn.v_proj", "mlp.up_proj")
-            for part in ("squares", "fisher", *(() if producer else ("hessian",))):
+            for part in ("squares", "fisher", "ends", *(() if producer else ("hessian",))):
                 got, want = getattr(p, part), getattr(m, part)
                 torch.testing.assert_close(
                     got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max())
