@@ -401,7 +401,15 @@ def grid(name: str) -> Format:
 
     Raises `JoulesmithError` naming the known ones.
     """
-    from joulesmith.compress.quantize import codebooks, floats, fp8, integers, kquants, legacy, ternary
+    from joulesmith.compress.quantize import (
+        codebooks,
+        floats,
+        fp8,
+        integers,
+        kquants,
+        legacy,
+        ternary,
+    )
 
     own: Format | None = integers.by_name(name) or floats.by_name(name) or fp8.by_name(name)
     if own is not None:

@@ -49,7 +49,9 @@ def feedback_codes(
                 u -= shift[g]
             codes[:, vector], level = grid.choose(u.T.contiguous(), solve @ solve.T)
             level = level.T if shift is None else level.T + shift[g]
-            e = torch.mm(solve.T, left[cut] - level * step[g], out=error[j - start : j - start + WIDTH])
+            e = torch.mm(
+                solve.T, left[cut] - level * step[g], out=error[j - start : j - start + WIDTH]
+            )
             if cut.stop < stop:
                 left[cut.stop : stop].addmm_(feedback[cut, cut.stop : stop].T, e, alpha=-1)
         if stop < n:
