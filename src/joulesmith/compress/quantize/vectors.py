@@ -40,7 +40,9 @@ WIDTH = 8
 SIGN_SHIFT = 12
 """A code is ``index | signs << SIGN_SHIFT``; a set bit of signs is a negative level."""
 ROUNDS = 2
-"""Passes of polishing the integers, then d; and of codewords, then signs."""
+"""Passes of polishing the integers, then d."""
+SIGN_ROUNDS = 1
+"""Flips of signs, each with a new search of codewords: worth 1 % where even, less where free."""
 _SLICE = 1 << 19
 """Scores (vectors x codewords) held at a time, so that they stay in the processor's cache."""
 
@@ -138,11 +140,8 @@ class VectorGrid(Format):
         # where a vector is two codewords, the first is found as if the second had no error
         index = self._codewords(u, sign, metric, full, u)
         level = self._signed(index, sign)
-        if full and self.dim < WIDTH:
-            index = self._codewords(u, sign, metric, full, level)
-            level = self._signed(index, sign)
         if self.signs == "even" or (full and self.signs == "free"):
-            for _ in range(ROUNDS):
+            for _ in range(SIGN_ROUNDS):
                 changed = self._flip(u, sign, level, metric, full)
                 if not len(changed):
                     break
