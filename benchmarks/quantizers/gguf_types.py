@@ -4,8 +4,8 @@
         --engine-lib LIBLLAMA
 
 LIBLLAMA is a native build (`joulesmith.engines.native.build_native`): the wheel's library
-leaves its quantizer out. llama.cpp's quantizer (``llama_model_quantize``) makes a file, with an
-importance matrix of mean squared inputs over the same calibration windows; like
+leaves its quantizer out, but judges. llama.cpp's quantizer (``llama_model_quantize``) makes a
+file, with an importance matrix of mean squared inputs over the same calibration windows; like
 ``llama-imatrix`` it has none for the embedding and the head. Ours rounds every tensor onto
 the very type that it has in that file, so that the bytes are equal, and both files are
 judged on the engine. A file with a type that we have no rounding for is named as missing.
@@ -19,6 +19,7 @@ import ctypes as C
 import json
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,10 +30,15 @@ from benchmarks.quantizers.subjects import SUBJECTS, Places, calibration, prepar
 
 # llama.h, enum llama_ftype
 FILE_TYPES = {
-    "Q6_K": 18, "Q5_K_M": 17, "Q4_K_M": 15, "Q4_K_S": 14, "IQ4_NL": 25, "IQ4_XS": 30,
-    "Q3_K_M": 12, "Q3_K_S": 11, "Q2_K": 10, "Q2_K_S": 21, "Q4_0": 2,
+    "Q6_K": 18, "Q5_K_M": 17, "Q4_K_M": 15, "Q4_K_S": 14, "Q4_0": 2, "IQ4_NL": 25, "IQ4_XS": 30,
+    "Q3_K_M": 12, "Q3_K_S": 11, "IQ3_M": 27, "IQ3_S": 26, "IQ3_XS": 22, "IQ3_XXS": 23,
+    "Q2_K": 10, "Q2_K_S": 21, "IQ2_M": 29, "IQ2_S": 28, "IQ2_XS": 20, "IQ2_XXS": 19,
+    "IQ1_M": 31, "IQ1_S": 24,
 }  # fmt: skip
-USUAL = ("Q4_K_M", "Q4_K_S", "IQ4_NL", "IQ4_XS", "Q3_K_M", "Q3_K_S", "Q2_K", "Q2_K_S")
+USUAL = (
+    "Q4_K_M", "Q4_K_S", "IQ4_NL", "IQ4_XS", "Q3_K_M", "Q3_K_S", "IQ3_S", "IQ3_XXS",
+    "Q2_K", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+)  # fmt: skip
 
 
 class _Importance(C.Structure):
@@ -102,7 +108,7 @@ class Judge:
         self.places, self.work, self.windows, self.threads = places, work, windows, threads
         self.model = models.load(self.subject.folder)
         self.library = library
-        self.engine = get_engine("llama.cpp", library=library)
+        self.engine = get_engine("llama.cpp")
         self.float_file = work / "models" / f"{name}-f32.gguf"
         if not self.float_file.exists():
             write_float_gguf(self.model, self.float_file, "F32")
@@ -153,43 +159,53 @@ class Judge:
         finally:
             path.unlink(missing_ok=True)
 
-    def ours(self, types: dict[str, str], effort: str, seed: int) -> dict[str, Any]:
-        """The same types by our rounding."""
+    def ours(
+        self, files: Mapping[str, dict[str, str]], effort: str, seed: int
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """file -> its tensors' types: by our rounding, (file, what is found) one after another.
+
+        One walk calibrates for all, and rounds a tensor once for each type.
+        """
         from joulesmith.compress.quantize.grids import grid
         from joulesmith.compress.quantize.walk import walk
         from joulesmith.errors import JoulesmithError
         from joulesmith.job.judge import write_choice
 
-        missing = set()
-        for kind in set(types.values()):
-            try:
-                grid(kind)
-            except JoulesmithError:
-                missing.add(kind)
-        if missing:
-            return {"missing": sorted(missing)}
-        packed: dict[str, np.ndarray] = {}
+        able = {}
+        for file, types in files.items():
+            missing = set()
+            for kind in set(types.values()):
+                try:
+                    grid(kind)
+                except JoulesmithError:
+                    missing.add(kind)
+            if missing:
+                yield file, {"missing": sorted(missing)}
+            else:
+                able[file] = types
+        if not able:
+            return
+        packed: dict[tuple[str, str], np.ndarray] = {}
 
         def emit(_: str, rounded: Any) -> None:
-            packed.update({r.ref.name: r.packed for r in rounded})
+            packed.update({(r.ref.name, r.type): r.packed for r in rounded})
 
-        begun = time.monotonic()
         walk(
             self.model,
             self.calibration(seed),
-            lambda ref: [types[ref.name]],
+            lambda ref: sorted({t[ref.name] for t in able.values()}),
             emit,
             effort=effort,
-            split_head="output.weight" in types and self.model.tied,
+            split_head=any("output.weight" in t for t in able.values()) and self.model.tied,
             seed=seed,
         )
-        seconds = time.monotonic() - begun
         path = self.work / "ours.gguf"
-        try:
-            write_choice(self.model, lambda name, _: packed[name], types, path)
-            return self._judged(path, types) | {"seconds": seconds}
-        finally:
-            path.unlink(missing_ok=True)
+        for file, types in able.items():
+            try:
+                write_choice(self.model, lambda name, kind: packed[name, kind], types, path)
+                yield file, self._judged(path, types)
+            finally:
+                path.unlink(missing_ok=True)
 
     def _judged(self, path: Path, types: dict[str, str]) -> dict[str, Any]:
         from joulesmith.gguf_file import read_gguf
@@ -293,34 +309,45 @@ def main() -> None:
     for name in args.subjects:
         judge: Judge | None = None
         for seed in args.seeds:
+            lines = read_lines(path)
+            base = {"subject": name, "seed": seed, "windows": args.windows}
+
+            def done(
+                who: str, kind: str, lines: list[Any] = lines, base: dict[str, Any] = base
+            ) -> bool:
+                wanted = base | {"who": who, "file": kind}
+                return any(wanted.items() <= x.items() for x in lines)
+
+            def keep(
+                who: str, kind: str, found: dict[str, Any], base: dict[str, Any] = base
+            ) -> None:
+                with path.open("a") as f:
+                    f.write(json.dumps(base | {"who": who, "file": kind} | found) + "\n")
+                told = found.get("kl", found.get("missing", found.get("error")))
+                print(f"{base['subject']} {kind} {who} seed {base['seed']}: {told}", flush=True)
+
+            todo = {
+                f"ours:{e}": [k for k in args.files if not done(f"ours:{e}", k)]
+                for e in args.efforts
+            }
+            types = {}
             for kind in args.files:
-                base = {"subject": name, "file": kind, "seed": seed, "windows": args.windows}
-                lines = read_lines(path)
-                wanted = [
-                    who
-                    for who in ("llama.cpp", *(f"ours:{e}" for e in args.efforts))
-                    if not any((base | {"who": who}).items() <= x.items() for x in lines)
-                ]
-                if not wanted:
+                if done("llama.cpp", kind) and not any(kind in t for t in todo.values()):
                     continue
                 judge = judge or Judge(
                     name, places, args.work, args.windows, args.threads, args.engine_lib
                 )
                 try:
-                    theirs, types = judge.theirs(kind, seed)
+                    theirs, types[kind] = judge.theirs(kind, seed)
                 except RuntimeError as e:
-                    theirs, types = {"error": str(e)}, {}
-                for who in wanted:
-                    if who == "llama.cpp":
-                        found = theirs
-                    elif not types:
-                        continue
-                    else:
-                        found = judge.ours(types, who.partition(":")[2], seed)
-                    with path.open("a") as f:
-                        f.write(json.dumps(base | {"who": who} | found) + "\n")
-                    told = found.get("kl", found.get("missing", found.get("error")))
-                    print(f"{name} {kind} {who} seed {seed}: {told}", flush=True)
+                    theirs = {"error": str(e)}
+                if not done("llama.cpp", kind):
+                    keep("llama.cpp", kind, theirs)
+            for who, kinds in todo.items():
+                files = {k: types[k] for k in kinds if k in types}
+                if judge is not None and files:
+                    for kind, found in judge.ours(files, who.partition(":")[2], seed):
+                        keep(who, kind, found)
     shown = f"python -m benchmarks.quantizers.gguf_types --subjects {' '.join(args.subjects)}"
     args.out.write_text(render(read_lines(path), shown))
     print(f"wrote {args.out}")

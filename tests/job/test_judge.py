@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from joulesmith.compress.quantize import codebooks, ternary
 from joulesmith.compress.quantize.grids import grid
 from joulesmith.engines.llamacpp import LlamaCpp
 from joulesmith.engines.torch_engine import TorchSession
@@ -82,3 +84,38 @@ def test_the_engine_uses_the_head_that_was_written(
     # The engine rounds the inputs of block types to 8 bits.
     assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
     assert (found.argmax(1) == expected.argmax(1)).mean() > 0.9
+
+
+def test_the_engine_reads_super_blocks_as_we_wrote_them(tiny: Path, tmp_path: Path) -> None:
+    """Every codebook and ternary type and IQ4_XS, in one file: llama.cpp's logits are torch's."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=256, intermediate_size=256, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+        max_position_embeddings=256, bos_token_id=0, eos_token_id=0, initializer_range=0.08,
+    )  # fmt: skip
+    folder = tmp_path / "wide"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for file in tiny.glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+    wide = load(str(folder))
+    kinds = [*codebooks.GRIDS, *ternary.GRIDS, "IQ4_XS"]
+    blocks = [r.name for r in wide.matrices() if r.layer is not None]
+    types = {name: kinds[i % len(kinds)] for i, name in enumerate(blocks)}
+    assert set(types.values()) == set(kinds)
+    path = tmp_path / "wide.gguf"
+    write_choice(wide, lambda name, kind: grid(kind).pack(gguf_weight(wide, name)), types, path)
+    stored = read_gguf(path)
+    assert {n: stored.by_name[n].type for n in types} == types
+    twin = load(path).module
+    tokens = np.random.default_rng(0).integers(0, 400, 60).astype(np.int32)
+    want = TorchSession(twin).logits(tokens)
+    with LlamaCpp(silence=60.0).load(path, context=64, threads=1) as session:
+        got = session.logits(tokens)
+    # the engine rounds the inputs of every matrix to 8 bits, which costs as much with Q4_K
+    assert np.square(got - want).mean() < 0.05**2 * np.square(want).mean()
+    untouched = TorchSession(wide.module).logits(tokens)
+    assert np.square(untouched - want).mean() > 0.3**2 * np.square(want).mean()  # so this can fail

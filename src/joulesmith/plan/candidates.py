@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from joulesmith.atomic import atomic_path
 from joulesmith.errors import JoulesmithError
+from joulesmith.gguf_file import type_table
 from joulesmith.plan.damage import activation_damage, embedding_damage, linear_damage
 from joulesmith.progress import Tick, silent
 
@@ -100,7 +101,8 @@ def activation_block(kind: str) -> int:
     """
     if kind in ("F32", "F16", "BF16") or "-G" in kind:
         return 0
-    return 256 if kind.endswith("_K") else 32
+    # ggml pairs super-blocks of weights (Q4_K, IQ4_XS, TQ2_0 ...) with Q8_K, others with Q8_0
+    return 256 if type_table()[kind][1] == 256 else 32
 
 
 def _save(path: Path, array: NDArray[Any]) -> None:

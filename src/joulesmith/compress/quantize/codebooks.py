@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from joulesmith.compress.quantize.grids import Bytes, Lattice
-from joulesmith.compress.quantize.legacy import HALF_MAX, half_bytes, read_half
+from joulesmith.compress.quantize.legacy import HALF_MAX, half_bytes, read_half, spread
 from joulesmith.compress.quantize.vectors import SIGN_SHIFT, WIDTH, VectorGrid
 from joulesmith.errors import MissingExtraError
 
@@ -43,7 +43,7 @@ class _Coded(VectorGrid):
 
     def write(self, codes: Tensor, lattice: Lattice) -> Bytes:
         c = codes.numpy().reshape(len(codes), -1, self.block // self.dim)
-        mask = (c >> SIGN_SHIFT).astype(np.uint8)
+        mask: Raw = (c >> SIGN_SHIFT).astype(np.uint8)
         if self.dim < WIDTH:
             mask = mask[..., 0::2] | mask[..., 1::2] << 4
         d, s = half_bytes(lattice.stored[0]), lattice.stored[1].numpy().astype(np.uint8)
@@ -72,7 +72,8 @@ def _as(x: Raw, kind: str) -> Raw:
 
 def _nibbles(x: Raw) -> Raw:
     """(..., n) -> (..., n / 2): neighbours low and high in one byte."""
-    return x[..., 0::2] | x[..., 1::2] << 4
+    pairs: Raw = x[..., 0::2] | x[..., 1::2] << 4
+    return pairs
 
 
 def _halves(raw: Raw) -> Raw:
@@ -83,7 +84,8 @@ def _halves(raw: Raw) -> Raw:
 def _join_bits(x: Raw, bits: int, kind: str) -> Raw:
     """(..., n) small numbers -> (...,) one number, the first in its lowest bits."""
     at = np.arange(x.shape[-1], dtype=kind) * bits
-    return np.bitwise_or.reduce(x.astype(kind) << at.astype(kind), axis=-1)
+    joined: Raw = np.bitwise_or.reduce(x.astype(kind) << at.astype(kind), axis=-1)
+    return joined
 
 
 def _split_bits(x: Raw, bits: int, count: int) -> Raw:
@@ -115,7 +117,7 @@ class IQ3_S(_Coded):  # noqa: N801
     name, ggml_type, block_bytes = "IQ3_S", 21, 110
     group, dim, signs, top, unit = 32, 4, "free", 15, 1.0
     largest = HALF_MAX * 15
-    landings = (10.0, 11.5, 13.0, 14.2, 15.2)
+    landings = spread((9.0, 24.0, 14))
 
     def _write(self, index: Raw, mask: Raw, s: Raw, d: Raw, *shift: Tensor) -> Raw:
         high = _join_bits((index >> 8).reshape(*index.shape[:2], 8, 8), 1, "u1")
@@ -134,7 +136,7 @@ class IQ3_XXS(_Coded):  # noqa: N801
     name, ggml_type, block_bytes = "IQ3_XXS", 18, 98
     group, dim, signs, top, unit = 32, 4, "even", 15, 0.25
     largest = HALF_MAX * 62
-    landings = (40.0, 46.0, 52.0, 57.0, 62.0)
+    landings = spread((36.0, 98.0, 14))
 
     def _write(self, index: Raw, mask: Raw, s: Raw, d: Raw, *shift: Tensor) -> Raw:
         return np.concatenate([d, index.astype(np.uint8), _sign_words(mask, s)], axis=-1)
@@ -149,7 +151,7 @@ class IQ2_S(_Coded):  # noqa: N801
     name, ggml_type, block_bytes = "IQ2_S", 22, 82
     group, dim, signs, top, unit = 16, 8, "free", 15, 0.125
     largest = HALF_MAX * 43
-    landings = (27.0, 31.0, 35.0, 40.0, 45.0)
+    landings = spread((24.0, 72.0, 14))
 
     def _write(self, index: Raw, mask: Raw, s: Raw, d: Raw, *shift: Tensor) -> Raw:
         high = _join_bits((index >> 8).reshape(*index.shape[:2], 8, 4), 2, "u1")
@@ -206,7 +208,7 @@ class IQ1_S(_Coded):  # noqa: N801
     group, dim, signs, top, unit = 32, 8, "none", 7, 1.0
     shifts = (0.125, -0.125)
     largest = HALF_MAX
-    landings = (1.1, 1.4, 1.7, 2.1)
+    landings = spread((1.0, 3.0, 10))
 
     def _write(self, index: Raw, mask: Raw, s: Raw, d: Raw, *shift: Tensor) -> Raw:
         low = (index & 255).astype(np.uint8)

@@ -99,7 +99,8 @@ class Plain(Grid):
         return flat, self._lattice(step, offset)
 
 
-def _spread(*spans: tuple[float, float, int]) -> tuple[float, ...]:
+def spread(*spans: tuple[float, float, int]) -> tuple[float, ...]:
+    """(low, high, count) spans -> evenly spaced values of each, ends included."""
     return tuple(float(v) for low, high, n in spans for v in np.linspace(low, high, n))
 
 
@@ -111,7 +112,7 @@ class Q4_0(Plain):  # noqa: N801
     block_bytes = 18
     levels = tuple(range(-8, 8))
     largest = HALF_MAX * 8
-    landings = _spread((-9.4, -6.6, 15), (6.2, 8.2, 9))
+    landings = spread((-9.4, -6.6, 15), (6.2, 8.2, 9))
 
 
 class Q4_1(Plain):  # noqa: N801
@@ -134,7 +135,7 @@ class Q5_0(Plain):  # noqa: N801
     code_bits = 5
     levels = tuple(range(-16, 16))
     largest = HALF_MAX * 16
-    landings = _spread((-17.5, -14.1, 18), (14.2, 16.4, 8))
+    landings = spread((-17.5, -14.1, 18), (14.2, 16.4, 8))
 
 
 class Q5_1(Plain):  # noqa: N801
@@ -170,7 +171,7 @@ class IQ4_NL(Plain):  # noqa: N801
     block_bytes = 18
     levels = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
     largest = HALF_MAX * 113
-    landings = _spread((-140.0, -104.0, 13), (90.0, 122.0, 10))
+    landings = spread((-140.0, -104.0, 13), (90.0, 122.0, 10))
 
 
 class MXFP4(Grid):

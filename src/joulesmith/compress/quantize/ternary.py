@@ -80,13 +80,15 @@ class TQ2_0(_Ternary):  # noqa: N801
 
     def _digits(self, c: NDArray[Any]) -> NDArray[Any]:
         four = c.reshape(*c.shape[:2], 2, 4, 32)
-        out = four[..., 0, :] | four[..., 1, :] << 2 | four[..., 2, :] << 4 | four[..., 3, :] << 6
-        return out.reshape(*c.shape[:2], 64)
+        bits = four << np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+        out: NDArray[Any] = np.bitwise_or.reduce(bits, axis=-2).reshape(*c.shape[:2], 64)
+        return out
 
     def _undigits(self, raw: NDArray[Any]) -> NDArray[Any]:
         halves = raw.reshape(*raw.shape[:2], 2, 1, 32)
         shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
-        return ((halves >> shifts) & 3).reshape(*raw.shape[:2], 256)
+        codes: NDArray[Any] = ((halves >> shifts) & 3).reshape(*raw.shape[:2], 256)
+        return codes
 
 
 GRIDS: dict[str, Grid] = {g.name: g for g in (TQ1_0(), TQ2_0())}

@@ -40,7 +40,9 @@ WIDTH = 8
 SIGN_SHIFT = 12
 """A code is ``index | signs << SIGN_SHIFT``; a set bit of signs is a negative level."""
 ROUNDS = 2
-"""Passes of polishing the integers, then d; and of codewords, then signs."""
+"""Passes of polishing the integers, then d."""
+SIGN_ROUNDS = 1
+"""Flips of signs, each with a new search of codewords: worth 1 % where even, less where free."""
 _SLICE = 1 << 19
 """Scores (vectors x codewords) held at a time, so that they stay in the processor's cache."""
 
@@ -138,11 +140,8 @@ class VectorGrid(Format):
         # where a vector is two codewords, the first is found as if the second had no error
         index = self._codewords(u, sign, metric, full, u)
         level = self._signed(index, sign)
-        if full and self.dim < WIDTH:
-            index = self._codewords(u, sign, metric, full, level)
-            level = self._signed(index, sign)
         if self.signs == "even" or (full and self.signs == "free"):
-            for _ in range(ROUNDS):
+            for _ in range(SIGN_ROUNDS):
                 changed = self._flip(u, sign, level, metric, full)
                 if not len(changed):
                     break
@@ -254,8 +253,9 @@ class VectorGrid(Format):
     def fit(self, w: Array, importance: Array | None = None) -> Lattice:
         """Scales for w (rows, columns) that make the weighted squared error small.
 
-        As `Grid.fit`: steps of groups are searched freely, then rounded to what is stored,
-        then integers and d are polished in turn, on the error of the codewords found anew.
+        As `Grid.fit`: steps of groups are searched freely, as if each weight chose its level
+        by itself, then rounded to what is stored; then integers and d are polished in turn,
+        on the error of the codewords found anew.
         """
         t = rows_of(w, self)
         weight = importance_of(importance, t)
@@ -274,8 +274,7 @@ class VectorGrid(Format):
         best = torch.full_like(peak, -1.0)
         step, shift = torch.zeros_like(peak), torch.full_like(peak, self.shifts[0])
         for landing, offer in product(self.landings, self.shifts):
-            guess = peak / landing
-            level = self._levels(x, weight, guess, torch.full_like(peak, offer))
+            level = self._alone(scales.safe_ratio(x, peak / landing) - offer) + offer
             weighted = weight * level
             along = (weighted * x).sum(1, keepdim=True)
             fit = scales.safe_ratio(along, (weighted * level).sum(1, keepdim=True)).clamp(min=0)
@@ -292,6 +291,20 @@ class VectorGrid(Format):
         for _ in range(ROUNDS):
             stored, level, best = self._polish(x, weight, stored, level, best)
         return self.lattice(tuple(stored))
+
+    def _alone(self, u: Tensor) -> Tensor:
+        """The nearest level of each weight by itself: a codebook's coarse but quick stand-in."""
+        size = u if self.signs == "none" else u.abs()
+        level = self._all_levels[torch.bucketize(size, self._borders)]
+        return level if self.signs == "none" else level.copysign_(u)
+
+    @cached_property
+    def _all_levels(self) -> Tensor:
+        return torch.from_numpy(np.unique(self.book.numpy()))
+
+    @cached_property
+    def _borders(self) -> Tensor:
+        return (self._all_levels[1:] + self._all_levels[:-1]) / 2
 
     def _levels(self, x: Tensor, weight: Tensor, step: Tensor, shift: Tensor) -> Tensor:
         """Nearest levels, shifts included; x, weight (n, group); step, shift (n, 1)."""
