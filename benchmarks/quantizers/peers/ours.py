@@ -41,7 +41,7 @@ def quantize(model: Any, windows: Any, setting: Setting, variant: str, seed: int
     from joulesmith.compress.quantize.grids import grid
     from joulesmith.compress.quantize.learned import learn
     from joulesmith.compress.quantize.rounding import FINE_BITS
-    from joulesmith.compress.quantize.tune import last_hidden, tune
+    from joulesmith.compress.quantize.tune import teacher_of, tune
     from joulesmith.compress.quantize.walk import walk
     from joulesmith.job.refine import EFFORTS
     from joulesmith.models import set_gguf_weight
@@ -69,7 +69,7 @@ def quantize(model: Any, windows: Any, setting: Setting, variant: str, seed: int
         if kept is not None:
             np.savez(kept, **{name: raw for name, (_, raw) in packed.items()})
     if setting.bits < FINE_BITS and effort.tune_epochs:
-        teacher = last_hidden(model, windows)
+        teacher = teacher_of(model, windows)
         packed = learn(model, packed, windows, steps=effort.learn_steps, seed=seed).packed
         packed = tune(model, packed, windows, teacher, epochs=effort.tune_epochs, seed=seed).packed
     for name, (k, raw) in packed.items():

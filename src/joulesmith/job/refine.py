@@ -18,7 +18,7 @@ from joulesmith.atomic import atomic_path
 from joulesmith.compress.quantize.grids import Bytes, grid
 from joulesmith.compress.quantize.learned import STEPS, Block, learn
 from joulesmith.compress.quantize.rounding import FINE_BITS
-from joulesmith.compress.quantize.tune import EPOCHS, last_hidden, tune
+from joulesmith.compress.quantize.tune import EPOCHS, teacher_of, tune
 from joulesmith.progress import Progress
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def refine(
     if not coarse or not (learn_steps or tune_epochs):
         _fill(model, packed)
         return dict(packed)
-    teacher = last_hidden(model, calibration)
+    teacher = teacher_of(model, calibration)
     found = dict(packed)
     if learn_steps:
         show.expected.setdefault("learn", _LEARN)

@@ -109,13 +109,13 @@ class Quantize(Step):
         from joulesmith.compress.quantize.grids import grid
         from joulesmith.compress.quantize.learned import learn
         from joulesmith.compress.quantize.rounding import FINE_BITS
-        from joulesmith.compress.quantize.tune import last_hidden, tune
+        from joulesmith.compress.quantize.tune import teacher_of, tune
 
         if "output.weight" in packed and model.tied:
             raise JoulesmithError("a tied head stored apart cannot be learned or tuned")
         if all(grid(kind).bits_per_weight >= FINE_BITS for kind, _ in packed.values()):
             return packed
-        teacher = last_hidden(model, windows)
+        teacher = teacher_of(model, windows)
         inside = {n: p for n, p in packed.items() if model.ref(n).layer is not None}
         if self.learn_steps:
             packed |= learn(

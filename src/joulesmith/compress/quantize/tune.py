@@ -61,6 +61,13 @@ def last_hidden(model: Model, windows: NDArray[np.int32]) -> Tensor:
     return torch.stack(rows)
 
 
+def teacher_of(model: Model, windows: NDArray[np.int32]) -> Tensor:
+    """`last_hidden` by products in bfloat16 where those are faster: about 1e-4 nats from exact,
+    where rounding to four bits and fewer costs hundreds of times as much."""
+    with products("medium"):
+        return last_hidden(model, windows)
+
+
 def tune(
     model: Model,
     packed: Mapping[str, tuple[str, Bytes]],
