@@ -87,6 +87,17 @@ def test_only_what_cannot_be_static_keeps_scales_by_token(model: Any) -> None:
     assert sum(q.scheme.dynamic for q in wrong.values()) > 1
 
 
+def test_the_way_to_choose_ranges_that_loses_less_serves(model: Any) -> None:
+    windows = np.random.default_rng(2).integers(0, 60, (8, 24)).astype(np.int32)
+    fixed: dict[Any, Any] = {
+        m: bounded_inputs(model, windows, STATIC, {SPIKE: 1.0}, allowance=1e9, methods=m)
+        for m in (("mse",), ("absmax",), ("mse", "absmax"))
+    }
+    lost = {m: cost(model, windows[3::4], inputs) for m, inputs in fixed.items()}
+    assert fixed["mse",] != fixed["absmax",]
+    assert lost["mse", "absmax"] == min(lost.values())
+
+
 def test_a_single_window_fixes_ranges_and_measures(model: Any) -> None:
     window = np.random.default_rng(1).integers(0, 60, (1, 24)).astype(np.int32)
     found = bounded_inputs(model, window, STATIC, {SPIKE: 1.0}, allowance=0.01)
