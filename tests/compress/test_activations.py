@@ -97,6 +97,11 @@ def test_least_squares_range_is_near_the_best_of_all(scheme: Scheme) -> None:
     assert found("mse") <= 1.05 * best
     if scheme.kind == "int8":
         assert best < found("absmax")
+        # the usual values inside, the outliers outside
+        reached = static_quantizer(seen, static, "kl")(torch.tensor([-1e6, 1e6])).tolist()
+        assert reached[0] < -1.5 and reached[1] > 2
+        whole = static_quantizer(seen, static, "absmax")(torch.tensor([-1e6, 1e6])).tolist()
+        assert reached[1] - reached[0] < 0.9 * (whole[1] - whole[0])
 
 
 def test_percentiles_are_those_of_the_values() -> None:

@@ -22,14 +22,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from joulesmith.compress.quantize import ranges
+from joulesmith.compress.quantize import entropy, ranges
 from joulesmith.compress.quantize.histograms import Histogram
 from joulesmith.compress.quantize.tiles import Levels, Range
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Tick, silent
 
 Kind = Literal["int8", "fp8"]
-Method = Literal["absmax", "percentile", "mse"]
+Method = Literal["absmax", "percentile", "mse", "kl"]
 
 INT_LOW, INT_HIGH = -128.0, 127.0
 FP8_MAX = 448.0
@@ -175,14 +175,15 @@ def static_quantizer(
 ) -> InputQuantizer:
     """The quantizer of a static scheme from what was seen.
 
-    Its range is `ranges.absmax`, `ranges.percentile` with ``share`` inside, or
-    `ranges.mse_grid`; its scale is a float16, as files hold it. Raises `JoulesmithError` as
+    Its range is `ranges.absmax`, `ranges.percentile` with ``share`` inside, `ranges.mse_grid` or
+    `entropy.kl`; its scale is a float16, as files hold it. Raises `JoulesmithError` as
     they do, and where the range is beyond float16.
     """
     ways: Mapping[Method, Callable[[], Range]] = {
         "absmax": lambda: ranges.absmax(seen, levels_of(scheme)),
         "percentile": lambda: ranges.percentile(seen, levels_of(scheme), keep=share),
         "mse": lambda: ranges.mse_grid(seen, levels_of(scheme), ratios=RATIOS),
+        "kl": lambda: entropy.kl(seen, levels_of(scheme)),
     }
     found = ways[method]()
     # The least float16 is a scale too small to matter: all inputs are 0 there.

@@ -1,6 +1,6 @@
 """Integer grids whose scales come from a named way of choosing ranges, for recipes.
 
-`ranges`, `entropy`, `lsq` and `second_order` choose; what they choose is brought to the values
+`ranges`, `lsq` and `second_order` choose; what they choose is brought to the values
 that the grid stores, and codes are then rounded to these scales, which stay. Without a name,
 `gptq` searches scales under the Hessian itself and moves them with the codes. Knows no model.
 """
@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from joulesmith.compress.quantize import entropy, lsq, ranges, scales, second_order
+from joulesmith.compress.quantize import lsq, ranges, scales, second_order
 from joulesmith.compress.quantize.gptq import ROWS, Curvature, feedback_codes
 from joulesmith.compress.quantize.grids import Bytes, Format, Lattice, rows_of
 from joulesmith.compress.quantize.integers import IntGrid
@@ -23,8 +23,8 @@ from joulesmith.compress.quantize.refine import descend
 from joulesmith.compress.quantize.tiles import Levels, Range, group
 from joulesmith.errors import JoulesmithError
 
-Ranges = Literal["absmax", "percentile", "mse", "kl", "lsq", "second-order"]
-"""Ways by the names that recipes give them."""
+Ranges = Literal["absmax", "percentile", "mse", "lsq", "second-order"]
+"""Ways by the names that recipes give them; `entropy.kl` is for activations, see `activations`."""
 WAYS: tuple[str, ...] = get_args(Ranges)
 
 
@@ -55,7 +55,6 @@ def lattice_of(w: Tensor, g: IntGrid, way: str, curve: Curvature | None) -> Latt
         ways: dict[str, Callable[[], Range]] = {
             "absmax": partial(ranges.absmax, w, levels, by_group),
             "percentile": partial(ranges.percentile, w, levels, by_group),
-            "kl": partial(entropy.kl, w, levels, by_group),
             "mse": partial(ranges.mse, w, levels, by_group, weight=weight, snap=scales.half),
             "second-order": partial(ranges.mse, w, levels, by_group, snap=scales.half),
             "lsq": partial(lsq.learned, w, levels, by_group, weight=weight),

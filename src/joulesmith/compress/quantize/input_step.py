@@ -29,7 +29,7 @@ class RoundInputs(Step):
     kind: Literal["int8", "fp8"] = "int8"
     dynamic: bool = True
     symmetric: bool = True
-    method: Literal["absmax", "percentile", "mse"] = "mse"
+    method: Literal["absmax", "percentile", "mse", "kl"] = "mse"
     by_token: tuple[str, ...] = ()
 
     @property
