@@ -152,8 +152,9 @@ def test_output_moments_are_those_of_the_gradients(model: models.Model) -> None:
     calibrate(model.module, WINDOWS, lambda _, m: seen.extend(m.values()), outputs=True)
     for m in seen:
         assert m.outputs is not None and m.sample is not None and m.sample.g is not None
-        assert torch.allclose(m.outputs.diagonal(), m.fisher, rtol=1e-4)
-        assert torch.equal(m.outputs, m.outputs.T)
+        # products are in bfloat16 on processors that are faster at it
+        assert torch.allclose(m.outputs.diagonal(), m.fisher, rtol=1e-2)
+        assert torch.allclose(m.outputs, m.outputs.T, rtol=1e-2, atol=1e-2 * float(m.fisher.max()))
         # all windows are in the sample of so small a text
         expected = m.sample.g.flatten(0, -2).double()
         expected = expected.T @ expected / len(expected)
