@@ -16,6 +16,7 @@ from joulesmith.architectures import MAX_LAYERS, TensorRef
 from joulesmith.errors import JoulesmithError
 from joulesmith.formats.files import AGAIN, StoredTensor
 from joulesmith.formats.llama2c_file import Llama2c
+from joulesmith.weights import in_torch_order
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +44,6 @@ class Llama2cShelf:
         return None if found is None else found[1]
 
     def read(self, ref: TensorRef) -> torch.Tensor:
-        import torch
-
         found = self._place(ref)
         assert found is not None  # its shape was asked for before
         tensor, shape = found
@@ -57,11 +56,7 @@ class Llama2cShelf:
         if values.size != count:
             raise JoulesmithError(f"truncated: {tensor.file}: {AGAIN}")
         values = values.astype(np.float32, copy=False).reshape(shape)
-        if ref.rows is not None:
-            torch_order = np.empty_like(values)
-            torch_order[ref.rows] = values
-            values = torch_order
-        return torch.from_numpy(values)
+        return in_torch_order(values, ref)
 
     def unused(self, refs: Mapping[str, TensorRef]) -> list[str]:
         return []  # the header says what there is, and tables are computed anew

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from joulesmith.architectures import TensorRef, tensor_refs
 from joulesmith.errors import JoulesmithError, MissingExtraError
@@ -34,6 +35,17 @@ class Shelf(Protocol):
     def unused(self, refs: Mapping[str, TensorRef]) -> list[str]: ...
 
 
+def in_torch_order(values: NDArray[np.float32], ref: TensorRef) -> torch.Tensor:
+    """A tensor as GGUF and llama2.c have it -> its rows in torch's order."""
+    import torch
+
+    if ref.rows is not None:
+        torch_order = np.empty_like(values)
+        torch_order[ref.rows] = values
+        values = torch_order
+    return torch.from_numpy(values)
+
+
 class GgufShelf:
     """Tensors of a GGUF file, dequantized to float32 and in torch's row order."""
 
@@ -45,14 +57,8 @@ class GgufShelf:
         return None if found is None else found.shape
 
     def read(self, ref: TensorRef) -> torch.Tensor:
-        import torch
-
         values = self.file.dequantize(ref.name)
-        if ref.rows is not None:
-            torch_order = np.empty_like(values)
-            torch_order[ref.rows] = values
-            values = torch_order
-        return torch.from_numpy(values)
+        return in_torch_order(values, ref)
 
     def unused(self, refs: Mapping[str, TensorRef]) -> list[str]:
         return [t.name for t in self.file.tensors if t.name not in {*refs, "rope_freqs.weight"}]
