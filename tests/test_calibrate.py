@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from joulesmith.calibrate import HeadMoments, Moments, calibrate, drawn_from  # noqa: E402
+from joulesmith.calibrate import calibrate  # noqa: E402
 from joulesmith.errors import JoulesmithError  # noqa: E402
+from joulesmith.moments import HeadMoments, Moments, drawn_from  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,7 @@ def test_kl_of_rounded_inputs_is_predicted(tiny: torch.nn.Module) -> None:
 
 def test_damage_of_directions_without_gradient_is_nothing() -> None:
     """What the product of separate moments cannot see: a change along which no gradient lies."""
-    from joulesmith.calibrate import Sample
+    from joulesmith.moments import Sample
     from joulesmith.plan.damage import linear_damage
 
     generator = torch.Generator().manual_seed(0)
@@ -209,3 +210,45 @@ def test_words_are_drawn_as_often_as_they_are_likely() -> None:
     torch.testing.assert_close(share, p[0], rtol=0, atol=0.01)  # four standard errors
     assert not share[p[0] == 0].any()
     torch.testing.assert_close(sums[0], p[0].cumsum(0))
+
+
+def test_gradients_of_the_sample_alone(
+    tiny: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without gradients elsewhere: plain second moments of all text, gradients of the sample."""
+    monkeypatch.setattr("joulesmith.calibrate.SAMPLE", 24)  # two windows of the five
+    windows = np.random.default_rng(0).integers(0, 50, (5, 12)).astype(np.int32)
+    ticks: list[float] = []
+    found, head = run(tiny, windows, batch=2, scratch=tmp_path, graded=False, progress=ticks.append)
+    whole, _ = run(tiny, windows, batch=2)
+    part, part_head = run(tiny, windows[[0, 2]], batch=2)
+    loose = {"rtol": 2e-2, "atol": 1e-3}  # products may be bfloat16's
+    seen: dict[str, torch.Tensor] = {}
+    handles = [
+        m.register_forward_pre_hook(lambda _m, a, key=name: seen.__setitem__(key, a[0]))
+        for name, m in tiny.model.named_modules()
+        if isinstance(m, torch.nn.Linear)
+    ]
+    with torch.no_grad():
+        normed = tiny.model(torch.from_numpy(windows).long()).last_hidden_state
+    for h in handles:
+        h.remove()
+    for key, m in found.items():
+        x = seen[f"layers.{key}"].flatten(0, 1)
+        torch.testing.assert_close(m.hessian, x.T @ x / 60, **loose)
+        torch.testing.assert_close(m.squares, x.square().mean(0), rtol=1e-3, atol=1e-5)
+        assert m.tokens == 60 and m.ends is not None and whole[key].ends is not None
+        torch.testing.assert_close(m.ends, whole[key].ends, **loose)
+        assert m.sample is not None and part[key].sample is not None
+        torch.testing.assert_close(m.sample.x, part[key].sample.x, **loose)
+        torch.testing.assert_close(m.sample.g, part[key].sample.g, rtol=3e-2, atol=1e-5)
+        torch.testing.assert_close(m.fisher, part[key].fisher, rtol=5e-2, atol=1e-8)
+    assert found["0.self_attn.q_proj"].hessian is found["0.self_attn.v_proj"].hessian
+    assert found["0.mlp.gate_proj"].hessian is found["0.mlp.up_proj"].hessian
+    assert found["0.self_attn.q_proj"].hessian is not found["1.self_attn.q_proj"].hessian
+    x = normed.flatten(0, 1)
+    torch.testing.assert_close(head.head.hessian, x.T @ x / 60, **loose)
+    torch.testing.assert_close(head.head.fisher, part_head.head.fisher, rtol=2e-2, atol=1e-5)
+    torch.testing.assert_close(head.input_fisher, part_head.input_fisher, rtol=5e-2, atol=1e-8)
+    assert ticks == sorted(ticks) and ticks[-1] == pytest.approx(1)
+    assert not list(tmp_path.iterdir())

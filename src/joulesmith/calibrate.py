@@ -2,8 +2,9 @@
 
 One forward sweep and one backward sweep over the decoder blocks. Only one block's
 activations, gradients and moments are in memory at a time; the inputs of the
-blocks wait on disk. Knows nothing of what the moments are used for: each block is
-handed to a visitor as soon as it is complete, last block first.
+blocks wait on disk. Gradients may be those of a part of the text, which is faster.
+Knows nothing of what the moments are used for: each block is handed to a visitor as
+soon as it is complete, last block first.
 
 Gradients are those of -log p(y) with y drawn from the model itself, so that their
 second moments are the Fisher information (Martens 2020, "New insights and
@@ -24,65 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from joulesmith.errors import JoulesmithError
+from joulesmith.moments import Accumulator, HeadMoments, HeadSums, InputSums, Moments
 from joulesmith.progress import Tick, silent
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Second moments at one linear layer, means over ``tokens`` calibration tokens.
-
-    hessian: (columns, columns) E[s x x^T] of the layer's inputs x, float32, with s of mean 1:
-             half of it the same for all tokens, half the token's mean squared output
-             gradient (GuidedQuant, Kim et al. 2025, eq. 7, one group), so that tokens count
-             as the end loss depends on them, and yet no few of them decide
-    squares: (columns,) E[x^2], unweighted: llama.cpp's importance matrix
-    fisher:  (rows,) E[g^2] of the output gradients, float32
-    sample:  some tokens as they came, for what second moments cannot tell
-    outputs: (rows, rows) E[g g^T], float32, where it was asked for; None elsewhere
-    ends:    (2, columns) least and largest input of each column over all tokens; None for
-             the head
-    """
-
-    hessian: torch.Tensor
-    squares: torch.Tensor
-    fisher: torch.Tensor
-    tokens: int
-    sample: Sample | None = None
-    outputs: torch.Tensor | None = None
-    ends: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Inputs and output gradients of one linear layer on whole windows spread over the text.
-
-    x:    (n, columns) inputs, float32
-    g:    (n, rows) gradients of -log p(drawn) at the outputs; None for the head, whose rows
-          are too many
-    pull: (n, columns) g W, the gradients at the inputs through this layer alone, where g is
-          None
-    """
-
-    x: torch.Tensor
-    g: torch.Tensor | None
-    pull: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class HeadMoments:
-    """Moments of the embedding and of the output head.
-
-    head:            inputs are the final norm's outputs; ``fisher`` is exact, E[p (1 - p)]
-    input_fisher:    (hidden,) E[g^2] of the gradients at the embedding's output
-    token_share:     (vocab,) share of calibration tokens that are each token
-    """
-
-    head: Moments
-    input_fisher: torch.Tensor
-    token_share: torch.Tensor
 
 
 Visit = Callable[[int, Mapping[str, Moments]], None]
@@ -91,78 +38,6 @@ Visit = Callable[[int, Mapping[str, Moments]], None]
 
 SAMPLE = 2048
 """Tokens that are kept as they came, for one block at a time."""
-
-
-class _Accumulator:
-    """Streams one linear layer's inputs and output gradients into moments."""
-
-    def __init__(self, rows: int, columns: int, outputs: bool = False) -> None:
-        import torch
-
-        self.outputs = torch.zeros(rows, rows) if outputs else None
-        self.squares = torch.zeros(columns)
-        self.weighted = torch.zeros(columns, columns)
-        self.fisher = torch.zeros(rows)
-        self.kept: list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = []
-        self.weight = 0.0
-        self.tokens = 0
-        self.ends: torch.Tensor | None = None
-
-    def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
-        """x (tokens, columns), g (tokens, rows)."""
-        import torch
-
-        g2 = g.square()
-        s = g2.mean(dim=1)
-        # Gradients have heavy tails: without the 1, a few tokens are most of the sum.
-        self.fold(x, s / s.mean().clamp_min(1e-30) + 1, g2.sum(dim=0))
-        if self.outputs is not None:
-            self.outputs.addmm_(g.T, g)
-        low, high = torch.aminmax(x, dim=0)
-        if self.ends is not None:
-            low, high = torch.minimum(low, self.ends[0]), torch.maximum(high, self.ends[1])
-        self.ends = torch.stack([low, high])
-
-    def fold(self, x: torch.Tensor, s: torch.Tensor, fisher: torch.Tensor) -> None:
-        """x (tokens, columns), s (tokens,) their weights, fisher (rows,) sums to add."""
-        root = x * s.sqrt()[:, None]
-        self.weighted.addmm_(root.T, root)
-        self.squares += x.square().sum(dim=0)
-        self.fisher += fisher
-        self.weight += float(s.sum())
-        self.tokens += x.shape[0]
-
-    def keep(
-        self, x: torch.Tensor, g: torch.Tensor | None, pull: torch.Tensor | None = None
-    ) -> None:
-        """Put some tokens by, as `Sample` has them."""
-        self.kept.append((x, g, pull))
-
-    def sample(self) -> Sample | None:
-        """The tokens that were kept."""
-        import torch
-
-        if not self.kept:
-            return None
-        x, g, pull = zip(*self.kept, strict=True)
-        return Sample(
-            torch.cat(x),
-            None if g[0] is None else torch.cat(g),
-            None if pull[0] is None else torch.cat(pull),
-        )
-
-    def done(self) -> Moments:
-        n = max(self.tokens, 1)
-        weight = self.weight if self.weight > 0 else 1.0
-        return Moments(
-            self.weighted / weight,
-            self.squares / n,
-            self.fisher / n,
-            self.tokens,
-            self.sample(),
-            None if self.outputs is None else self.outputs / n,
-            self.ends,
-        )
 
 
 def calibrate(
@@ -174,6 +49,7 @@ def calibrate(
     seed: int = 0,
     scratch: Path | None = None,
     outputs: bool = False,
+    graded: bool = True,
     progress: Tick = silent,
 ) -> HeadMoments:
     """Stream moments of every linear layer in every decoder block to ``visit``.
@@ -183,6 +59,8 @@ def calibrate(
     windows: int32 (n, length)
     scratch: folder for the blocks' inputs, (n x length x hidden) float32 a block
     outputs: whether `Moments.outputs` are wanted
+    graded:  whether all tokens get gradients, or those of the sample alone; then no token
+             weighs more than another, and it takes about half the time
 
     Matrix products may run in bfloat16 with float32 sums where the processor is faster
     at it: moments are averages over thousands of tokens, whose own noise is far larger.
@@ -200,7 +78,7 @@ def calibrate(
             visit(index, moments)
 
     with products("medium"), frozen(module):
-        return _calibrate(module, windows, exactly, batch, seed, scratch, outputs, progress)
+        return _calibrate(module, windows, exactly, batch, seed, scratch, outputs, graded, progress)
 
 
 @contextmanager
@@ -240,6 +118,7 @@ def _calibrate(
     seed: int,
     scratch: Path | None,
     outputs: bool,
+    graded: bool,
     progress: Tick,
 ) -> HeadMoments:
     import torch
@@ -254,168 +133,240 @@ def _calibrate(
             "decoder models with model.layers, model.norm and lm_head are supported"
         )
     tokens = torch.from_numpy(np.ascontiguousarray(windows)).long()
-    starts = list(range(0, len(tokens), batch))
-    kept = _spread(len(tokens), max(1, SAMPLE // tokens.shape[1]))
-    generator = torch.Generator().manual_seed(seed)
-    depth = len(layers)
-    # One block of one batch forward is the unit; backward with its moments, and the
-    # visitor's work shared out over the batches, is about ten.
-    steps = len(starts) * (11 * depth + 12)
     with tempfile.TemporaryDirectory(prefix="calibrate-", dir=scratch) as folder:
-        store = _BlockInputs(Path(folder))
-        taken = 0
+        sweep = _Sweep(inner, tokens, batch, graded, _Store(Path(folder)), progress)
+        sweep.forward()
+        generator = torch.Generator().manual_seed(seed)
+        moments = sweep.head(head, generator)
+        sweep.backward(visit, outputs)
+        counts = torch.bincount(tokens.flatten(), minlength=head.weight.shape[0]).float()
+        return HeadMoments(moments, sweep.input_fisher(), counts / tokens.numel())
 
-        def tick(units: int = 1) -> None:
-            nonlocal taken
-            taken += units
-            progress(taken / steps)
 
-        # Forward: each block's inputs to disk. The keyword arguments of a block
-        # (positions, mask) depend on the batch's shape only.
-        calls: dict[int, dict[str, Any]] = {}
+class _Sweep:
+    """Forward through all blocks, then backward, over batches that wait on disk."""
+
+    def __init__(
+        self,
+        inner: Any,
+        tokens: torch.Tensor,
+        batch: int,
+        graded: bool,
+        store: _Store,
+        progress: Tick,
+    ) -> None:
+        self.inner, self.tokens, self.store, self.all = inner, tokens, store, graded
+        self.layers = inner.layers
+        self.batches = _batches(len(tokens), max(1, SAMPLE // tokens.shape[1]), batch, graded)
+        self.graded = [b for b in self.batches if b.graded]
+        # The keyword arguments of a block (positions, mask) depend on the batch's shape only.
+        self.calls: dict[int, dict[str, Any]] = {}
+        # A block of a batch forward is the unit, three where its inputs are summed as well,
+        # and six backward; the visitor's work on a block is about three a batch.
+        self.ahead = 1 if graded else 3
+        each = self.ahead * len(self.batches) + 6 * len(self.graded) + 3 * len(self.batches)
+        self.steps, self.taken = each * len(self.layers) + 8 * len(self.graded), 0
+        self.progress = progress
+
+    def _tick(self, units: int) -> None:
+        self.taken += units
+        self.progress(self.taken / self.steps)
+
+    def _block(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        return first(self.layers[index](hidden, **self.calls[hidden.shape[0]]))
+
+    def forward(self) -> None:
+        """The inputs of blocks to disk, where gradients are wanted; elsewhere their sums."""
+        import torch
+
         with torch.no_grad():
-            for b, start in enumerate(starts):
-                hidden, kwargs = enter(inner, layers[0], tokens[start : start + batch])
-                calls.setdefault(hidden.shape[0], kwargs)
-                for i, layer in enumerate(layers):
-                    store.put(i, b, hidden)
-                    hidden = first(layer(hidden, **calls[hidden.shape[0]]))
-                    tick()
-                if not torch.isfinite(hidden).all():
+            for b in self.batches:
+                hidden, kwargs = enter(self.inner, self.layers[0], self.tokens[b.windows])
+                self.calls.setdefault(hidden.shape[0], kwargs)
+                self.store.put(0, b.name, hidden)
+            for i, layer in enumerate(self.layers):
+                sums = _SharedSums()
+                for b in self.batches:
+                    with _tapped(layer, not self.all) as taps:
+                        hidden = self._block(i, self.store.get(i, b.name))
+                    sums.add(taps)
+                    self.store.put(i + 1, b.name, hidden)
+                    if not b.graded:
+                        self.store.remove(i, b.name)
+                    self._tick(self.ahead)
+                if not self.all:
+                    self.store.put_sums(i, sums)
+            for b in self.batches:
+                if not torch.isfinite(self.store.get(len(self.layers), b.name)).all():
                     raise JoulesmithError(
                         "the model's activations are not finite on the calibration text"
                     )
-                store.put(depth, b, hidden)
 
-        # The head and the gradient that enters the last block.
-        head_sums = _HeadSums(head.weight.shape[0], head.weight.shape[1])
-        for b in range(len(starts)):
-            hidden = store.get(depth, b).requires_grad_(True)
-            with torch.enable_grad():
-                normed = norm(hidden)
-            x = normed.detach().reshape(-1, normed.shape[-1])
-            gx = head_sums.add(x, head, generator)
-            length = hidden.shape[1]
-            for w in (w - starts[b] for w in kept if starts[b] <= w < starts[b] + batch):
-                cut = slice(w * length, (w + 1) * length)
-                head_sums.sums.keep(x[cut].clone(), None, gx[cut].clone())
-            torch.autograd.backward(normed, gx.reshape(normed.shape))
+    def head(self, head: Any, generator: torch.Generator) -> Moments:
+        """The head's moments; the gradients that enter the last block take its outputs' place."""
+        import torch
+
+        depth = len(self.layers)
+        sums = HeadSums(head.weight.shape[0], head.weight.shape[1], self.all)
+        for b in self.batches:
+            hidden = self.store.get(depth, b.name).requires_grad_(b.graded)
+            with torch.set_grad_enabled(b.graded):
+                normed = self.inner.norm(hidden)
+            x = normed.detach()
+            if not self.all:
+                sums.sums.inputs.add(x.flatten(0, 1), None)
+            if not b.graded:
+                continue
+            gx = sums.add(x.flatten(0, 1), head, generator).reshape(x.shape)
+            if b.sampled:
+                sums.sums.keep(x[b.sampled].flatten(0, 1), None, gx[b.sampled].flatten(0, 1))
+            torch.autograd.backward(normed, gx)
             assert hidden.grad is not None
-            store.put(depth, b, hidden.grad)
-            tick(11)
+            self.store.put(depth, b.name, hidden.grad)
+            self._tick(8)
+        return sums.sums.done()
 
-        # Backward: last block first; its gradient at the input replaces its input.
-        for i in reversed(range(depth)):
+    def backward(self, visit: Visit, outputs: bool) -> None:
+        """Last block first; its gradient at the input replaces its input."""
+        import torch
+
+        for i in reversed(range(len(self.layers))):
+            known = {} if self.all else self.store.get_sums(i)
             sums = {
-                name: _Accumulator(m.weight.shape[0], m.weight.shape[1], outputs)
-                for name, m in layers[i].named_modules()
-                if isinstance(m, torch.nn.Linear)
+                name: Accumulator(m.out_features, m.in_features, outputs, known.get(name))
+                for name, m in _linears(self.layers[i]).items()
             }
-            for b in range(len(starts)):
-                hidden = store.get(i, b).requires_grad_(True)
-                gradient = store.get(i + 1, b)
-                with ExitStack() as stack, torch.enable_grad():
-                    taps = {
-                        name: stack.enter_context(_Tap(layers[i].get_submodule(name)))
-                        for name in sums
-                    }
-                    out = first(layers[i](hidden, **calls[hidden.shape[0]]))
-                    torch.autograd.backward(out, gradient)
+            for b in self.graded:
+                hidden = self.store.get(i, b.name).requires_grad_(True)
+                with _tapped(self.layers[i]) as taps, torch.enable_grad():
+                    out = self._block(i, hidden)
+                    torch.autograd.backward(out, self.store.get(i + 1, b.name))
                 for name, tap in taps.items():
-                    if tap.x is not None and tap.g is not None:
-                        sums[name].add(tap.x.flatten(0, -2), tap.g.flatten(0, -2))
-                        for w in kept:
-                            if starts[b] <= w < starts[b] + batch:
-                                at = w - starts[b]
-                                sums[name].keep(tap.x[at].clone(), tap.g[at].clone())
+                    if tap.x is None or tap.g is None:
+                        continue
+                    sums[name].add(tap.x.flatten(0, -2), tap.g.flatten(0, -2))
+                    if b.sampled:
+                        x, g = tap.x[b.sampled], tap.g[b.sampled]
+                        sums[name].keep(x.flatten(0, -2), g.flatten(0, -2))
                 assert hidden.grad is not None
-                store.put(i, b, hidden.grad)
-                tick(10)
-            store.drop(i + 1)
+                self.store.put(i, b.name, hidden.grad)
+                self._tick(6)
+            self.store.drop(i + 1)
             # Each layer's sums go as its moments come: both at once are twice the memory.
             visit(i, {name: sums.pop(name).done() for name in list(sums)})
+            self._tick(3 * len(self.batches))
 
-        input_fisher = torch.zeros(inner.embed_tokens.weight.shape[1])
-        for b in range(len(starts)):
-            g = store.get(0, b)
-            input_fisher += g.square().sum(dim=(0, 1))
-            tick()
-    counts = torch.bincount(tokens.flatten(), minlength=head.weight.shape[0]).float()
-    return HeadMoments(head_sums.done(), input_fisher / tokens.numel(), counts / tokens.numel())
+    def input_fisher(self) -> torch.Tensor:
+        """(hidden,) E[g^2] where the blocks begin."""
+        import torch
+
+        total, seen = torch.zeros(self.inner.embed_tokens.weight.shape[1]), 0
+        for b in self.graded:
+            g = self.store.get(0, b.name)
+            total += g.square().sum(dim=(0, 1))
+            seen += g.shape[0] * g.shape[1]
+        return total / seen
 
 
-def _spread(n: int, wanted: int) -> list[int]:
-    """At most ``wanted`` of n windows, evenly spread."""
-    return sorted({i * n // wanted for i in range(wanted)}) if wanted < n else list(range(n))
+@dataclass(frozen=True)
+class _Batch:
+    """windows: which. sampled: places of those of them that are kept as they came."""
+
+    name: int
+    windows: list[int]
+    sampled: list[int]
+    graded: bool
 
 
-class _BlockInputs:
-    """Hidden states on disk, one file a (block, batch)."""
+def _batches(count: int, wanted: int, size: int, graded: bool) -> list[_Batch]:
+    """Batches of ``count`` windows, ``wanted`` of which, evenly spread, are the sample.
+
+    graded: whether all get gradients; else the sample alone, which comes first.
+    """
+    if wanted < count:
+        kept = sorted({i * count // wanted for i in range(wanted)})
+    else:
+        kept = list(range(count))
+    if graded:
+        parts = [(list(range(count)), True)]
+    else:
+        parts = [(kept, True), (sorted(set(range(count)) - set(kept)), False)]
+    found: list[_Batch] = []
+    for windows, grade in parts:
+        for start in range(0, len(windows), size):
+            cut = windows[start : start + size]
+            sampled = [i for i, w in enumerate(cut) if w in kept]
+            found.append(_Batch(len(found), cut, sampled, grade))
+    return found
+
+
+class _SharedSums(dict[str, InputSums]):
+    """Linear layer -> sums over its inputs; those that read the same ones share them."""
+
+    def add(self, taps: Mapping[str, _Tap]) -> None:
+        """One batch."""
+        readers: dict[int, str] = {}
+        for name, tap in taps.items():
+            if tap.x is None:
+                continue
+            leader = readers.setdefault(tap.x.data_ptr(), name)
+            if name not in self:
+                self[name] = InputSums(tap.x.shape[-1]) if leader == name else self[leader]
+            if leader == name or self[leader] is not self[name]:
+                self[name].add(tap.x.flatten(0, -2), None)
+
+
+def _distinct(sums: Mapping[str, InputSums]) -> list[InputSums]:
+    return list({id(s): s for s in sums.values()}.values())
+
+
+class _Store:
+    """What waits on disk: hidden states, one file a (block, batch), and sums, one a layer."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.sums: dict[int, dict[str, InputSums]] = {}
 
     def put(self, block: int, batch: int, value: torch.Tensor) -> None:
+        self._save(f"{block}.{batch}", value)
+
+    def get(self, block: int, batch: int) -> torch.Tensor:
+        return self._load(f"{block}.{batch}")
+
+    def remove(self, block: int, batch: int) -> None:
+        (self.folder / f"{block}.{batch}.npy").unlink()
+
+    def drop(self, block: int) -> None:
+        for path in self.folder.glob(f"{block}.*.npy"):
+            path.unlink()
+
+    def put_sums(self, block: int, sums: dict[str, InputSums]) -> None:
+        """Their matrices go to disk."""
+        self.sums[block] = sums
+        for i, found in enumerate(_distinct(sums)):
+            self._save(f"{block}.sums-{i}", found.weighted)
+            found.weighted = found.weighted.new_empty(0)
+
+    def get_sums(self, block: int) -> dict[str, InputSums]:
+        """As they were put."""
+        sums = self.sums.pop(block)
+        for i, found in enumerate(_distinct(sums)):
+            found.weighted = self._load(f"{block}.sums-{i}")
+        return sums
+
+    def _save(self, name: str, value: torch.Tensor) -> None:
         try:
-            np.save(self.folder / f"{block}.{batch}.npy", value.detach().numpy())
+            np.save(self.folder / f"{name}.npy", value.detach().numpy())
         except OSError as e:
             raise JoulesmithError(
                 f"cannot keep activations in {self.folder.parent}: {e.strerror or e}; "
                 "free some space or choose another --out"
             ) from e
 
-    def get(self, block: int, batch: int) -> torch.Tensor:
+    def _load(self, name: str) -> torch.Tensor:
         import torch
 
-        return torch.from_numpy(np.load(self.folder / f"{block}.{batch}.npy", allow_pickle=False))
-
-    def drop(self, block: int) -> None:
-        for path in self.folder.glob(f"{block}.*.npy"):
-            path.unlink()
-
-
-class _HeadSums:
-    """Moments of the head, in slices of tokens: logits of a whole batch never stand at once."""
-
-    def __init__(self, vocab: int, hidden: int) -> None:
-        self.sums = _Accumulator(vocab, hidden)
-
-    def add(
-        self, x: torch.Tensor, head: torch.nn.Module, generator: torch.Generator, rows: int = 256
-    ) -> torch.Tensor:
-        """x (tokens, hidden) -> gradient of -log p(sampled) with respect to x, same shape."""
-        import torch
-
-        out = torch.empty_like(x)
-        weight: torch.Tensor = head.weight  # type: ignore[assignment]
-        for start in range(0, len(x), rows):
-            part = x[start : start + rows]
-            p = torch.softmax(head(part).float(), dim=-1)
-            drawn, spare = drawn_from(p, generator)
-            square = torch.mul(p, p, out=spare)
-            # The sums of p (1 - p), over words and over tokens.
-            spread = (1 - square.sum(dim=1)) / p.shape[1]
-            self.sums.fold(part, spread.clamp_min_(0), p.sum(dim=0) - square.sum(dim=0))
-            p.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
-            out[start : start + rows] = p @ weight
-        return out
-
-    def done(self) -> Moments:
-        return self.sums.done()
-
-
-def drawn_from(p: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """p (n, words), rows of probabilities -> a word drawn from each, (n, 1); and p's sums so far.
-
-    By the inverse of the distribution, which takes one random number a row:
-    ``torch.multinomial`` takes one a word, and with 49,000 words that is most of the time.
-    """
-    import torch
-
-    below = p.cumsum(dim=-1)
-    at = torch.rand(len(p), 1, generator=generator) * below[:, -1:]
-    # right: a random number of 0 does not draw a word of probability 0.
-    return torch.searchsorted(below, at, right=True).clamp_(max=p.shape[1] - 1), below
+        return torch.from_numpy(np.load(self.folder / f"{name}.npy", allow_pickle=False))
 
 
 class _Tap:
@@ -429,7 +380,8 @@ class _Tap:
     def __enter__(self) -> _Tap:
         def forward(_: object, args: tuple[Any, ...], out: torch.Tensor) -> None:
             self.x = args[0].detach()
-            out.register_hook(self._keep)  # type: ignore[no-untyped-call]
+            if out.requires_grad:
+                out.register_hook(self._keep)  # type: ignore[no-untyped-call]
 
         self.handle = self.layer.register_forward_hook(forward)
         return self
@@ -439,6 +391,20 @@ class _Tap:
 
     def __exit__(self, *exc: object) -> None:
         self.handle.remove()
+
+
+def _linears(layer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    import torch
+
+    return {n: m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
+
+
+@contextmanager
+def _tapped(layer: torch.nn.Module, wanted: bool = True) -> Iterator[dict[str, _Tap]]:
+    """Taps on a block's linear layers, by name; none where they are not wanted."""
+    with ExitStack() as stack:
+        linears = _linears(layer) if wanted else {}
+        yield {name: stack.enter_context(_Tap(m)) for name, m in linears.items()}
 
 
 class _EnterError(Exception):

@@ -26,7 +26,12 @@ def return_large_blocks() -> None:
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system, where the C library keeps it."""
+    """Collect garbage and give freed memory back to the system."""
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system, where the C library keeps it."""
     if (trim := _of_libc("malloc_trim")) is not None:
         trim(0)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from joulesmith.calibrate import Moments, calibrate
+from joulesmith.calibrate import calibrate
 from joulesmith.compress.quantize.activations import InputQuantizer, Scheme
 from joulesmith.compress.quantize.fold import Fold, scale_channels
 from joulesmith.compress.quantize.row_walk import moved, walk_rows
@@ -26,6 +26,7 @@ from joulesmith.compress.quantize.smooth_step import (
 )
 from joulesmith.compress.step import find
 from joulesmith.errors import JoulesmithError
+from joulesmith.moments import Moments
 
 
 def llama(kind: str = "llama", dtype: torch.dtype = torch.float64) -> Any:

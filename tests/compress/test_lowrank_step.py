@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from joulesmith import models
-from joulesmith.calibrate import Moments, calibrate
+from joulesmith.calibrate import calibrate
 from joulesmith.compress.lowrank.absorb import absorb_model
 from joulesmith.compress.lowrank.step import LowRank
 from joulesmith.compress.lowrank.thin import ThinLinear, merge
@@ -18,6 +18,7 @@ from joulesmith.compress.lowrank.walk import factorable, survey
 from joulesmith.compress.quantize.grids import grid
 from joulesmith.compress.recipe import Recipe, read_recipe
 from joulesmith.errors import JoulesmithError
+from joulesmith.moments import Moments
 from tiny import write_tiny
 
 

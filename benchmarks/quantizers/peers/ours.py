@@ -14,7 +14,9 @@ from benchmarks.quantizers.settings import Setting
 def load(folder: Path, task: dict[str, Any]) -> Any:
     """As the command line loads it."""
     from joulesmith import models
+    from joulesmith.memory import return_large_blocks
 
+    return_large_blocks()
     return models.load(folder)
 
 
@@ -50,12 +52,11 @@ def quantize(model: Any, windows: Any, setting: Setting, variant: str, seed: int
     packed: dict[str, Any] = {}
 
     def types(ref: Any) -> list[str]:
-        return ["F16" if ref.layer is None else kind]
+        return [] if ref.layer is None else [kind]
 
     def emit(_: str, rounded: Any) -> None:
         for r in rounded:
-            if r.ref.layer is not None:
-                packed[r.ref.name] = (r.grid.name, r.packed)
+            packed[r.ref.name] = (r.grid.name, r.packed)
 
     effort = EFFORTS[variant]
     place = os.environ.get("ROUNDED")

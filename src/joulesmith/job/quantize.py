@@ -31,6 +31,7 @@ from joulesmith.export import forms
 from joulesmith.job import apply, recipes
 from joulesmith.job.inputs import CALIBRATION, LENGTH, Inputs, gather
 from joulesmith.job.refine import EFFORTS
+from joulesmith.memory import return_large_blocks
 from joulesmith.progress import Progress, Tick
 from joulesmith.quality import Quality, Reference, judge, write_reference
 from joulesmith.workspace import Workspace
@@ -153,6 +154,7 @@ def quantize(
         if path is not None and not path.startswith("hf:") and not Path(path).is_file():
             raise JoulesmithError(f"no such text file: {path}")
     _check_out(out, form)
+    return_large_blocks()
     show = progress or Progress({})
     for name, cost in STAGES.items():
         show.expected.setdefault(name, cost)

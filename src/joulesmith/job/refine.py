@@ -31,14 +31,14 @@ Packed = dict[str, tuple[str, Bytes]]
 class Effort:
     """rounding: of `walk`. learn_steps, tune_epochs: of `learn` and `tune`; 0 for none."""
 
-    rounding: Literal["nearest", "default", "thorough"]
+    rounding: Literal["nearest", "fast", "default", "thorough"]
     learn_steps: int = 0
     tune_epochs: int = 0
 
 
 EFFORTS = {
     "nearest": Effort("nearest"),
-    "fast": Effort("default"),
+    "fast": Effort("fast"),
     "default": Effort("default", STEPS, EPOCHS),
     "thorough": Effort("thorough", 4 * STEPS, 2 * EPOCHS),
 }

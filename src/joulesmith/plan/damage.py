@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from joulesmith.calibrate import HeadMoments, Moments
+    from joulesmith.moments import HeadMoments, Moments
 
 GROUPS: Mapping[str, str] = {
     "attn_q": "attn_qk",

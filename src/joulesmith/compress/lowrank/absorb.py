@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from joulesmith.calibrate import Moments, calibrate
+from joulesmith.calibrate import calibrate
 from joulesmith.compress.lowrank.residual import Residual, absorb
 from joulesmith.compress.lowrank.walk import Metric, factorable, roots
 from joulesmith.compress.quantize.gptq import Curvature
 from joulesmith.compress.quantize.grids import Bytes, Format, grid
 from joulesmith.compress.quantize.rounding import round_weight, shared_curvature
 from joulesmith.errors import JoulesmithError
+from joulesmith.moments import Moments
 from joulesmith.progress import Tick, silent
 
 if TYPE_CHECKING:

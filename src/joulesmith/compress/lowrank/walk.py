@@ -17,13 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from joulesmith.atomic import check_space
-from joulesmith.calibrate import Moments, calibrate
+from joulesmith.calibrate import calibrate
 from joulesmith.compress.lowrank.factors import pivot, plain, stored
 from joulesmith.compress.lowrank.ranks import Curve
 from joulesmith.compress.lowrank.sequential import replace_refitted
 from joulesmith.compress.lowrank.thin import place
 from joulesmith.compress.lowrank.weighted import Spectrum, decompose, output_root, root
 from joulesmith.errors import JoulesmithError
+from joulesmith.moments import Moments
 from joulesmith.progress import Tick, silent
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from joulesmith.calibrate import Moments, calibrate
+from joulesmith.calibrate import calibrate
 from joulesmith.compress.step import Step, StepRecord, register
 from joulesmith.errors import JoulesmithError
+from joulesmith.moments import Moments
 from joulesmith.progress import Tick, silent
 
 if TYPE_CHECKING:

@@ -63,9 +63,9 @@ class Curvature:
         sums = h.diagonal().view(-1, WIDTH).sum(1)
         vectors = torch.argsort(sums, descending=True, stable=True)
         order = (vectors[:, None] * WIDTH + torch.arange(WIDTH)).view(-1)
-        factor = _inverse_factor(h[order][:, order])
+        factor = _inverse_factor(h[order[:, None], order])
         assert factor is not None  # positive definite in one order is so in any
-        return order, factor.float()
+        return order, factor
 
 
 def curvature(hessian: Array, *, damping: float = DAMPING) -> Curvature:
@@ -87,13 +87,13 @@ def curvature(hessian: Array, *, damping: float = DAMPING) -> Curvature:
         )
     if damping < 0:
         raise JoulesmithError(f"damping must not be negative, and is {damping}")
-    h = (h + h.T) / 2
+    h = h + h.T
     diagonal = h.diagonal()
     if bool((diagonal < 0).any()):
         raise JoulesmithError("the Hessian has a negative diagonal: it is no sum of squares")
     dead = diagonal <= 0
     mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
-    h = h / mean  # only proportions matter, and they fit float32
+    h /= mean  # only proportions matter, and they fit float32
     h[dead] = 0
     h[:, dead] = 0
     h.diagonal()[dead] = 1.0
@@ -102,27 +102,28 @@ def curvature(hessian: Array, *, damping: float = DAMPING) -> Curvature:
     ridge = max(damping / 10, 1e-7)
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
     for _ in range(10):
-        damped = h.clone()
-        damped.diagonal().add_(ridge)
-        factor = _inverse_factor(damped[order][:, order])
+        factor = _inverse_factor(h[order[:, None], order], ridge)
         if factor is not None:
-            return Curvature(damped.float(), order, factor.float())
+            h.diagonal().add_(ridge)
+            return Curvature(h.float(), order, factor)
         ridge *= 10
     raise JoulesmithError("the Hessian is far from positive semidefinite: check the calibration")
 
 
-def _inverse_factor(h: Tensor) -> Tensor | None:
-    """Upper U with ``U^T U = h^-1``, without forming the inverse.
+def _inverse_factor(h: Tensor, ridge: float = 0.0) -> Tensor | None:
+    """Upper U, float32, with ``U^T U = (h + ridge)^-1``, without forming the inverse.
 
     Reversing rows and columns turns the wanted factor into the inverse of an
-    ordinary Cholesky factor: one triangular solve instead of two.
+    ordinary Cholesky factor: one triangular solve instead of two. h float64, not kept.
     """
-    lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+    turned = h.flip(0, 1)
+    turned.diagonal().add_(ridge)
+    lower, info = torch.linalg.cholesky_ex(turned)
     if int(info) != 0:
         return None
-    eye = torch.eye(len(h), dtype=h.dtype)
+    eye = torch.eye(len(h), dtype=h.dtype, out=turned)
     inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return inverse.flip(0, 1) if bool(torch.isfinite(inverse).all()) else None
+    return inverse.flip(0, 1).float() if bool(torch.isfinite(inverse).all()) else None
 
 
 def feedback_codes(w: Tensor, c: Curvature, grid: Grid, lattice: Lattice) -> Tensor:

@@ -10,10 +10,13 @@ from joulesmith.compress.quantize.grids import Bytes, Format
 if TYPE_CHECKING:
     import torch
 
-    from joulesmith.calibrate import Moments
+    from joulesmith.moments import Moments
 
-EFFORTS = {"nearest": None, "default": 2, "thorough": 6}
+EFFORTS = {"nearest": None, "fast": 2, "default": 2, "thorough": 6}
 """Sweeps of coordinate descent after the error-feedback pass; None rounds to nearest."""
+
+GRADED = ("default", "thorough")
+"""Efforts whose calibration takes gradients of all its text, which the Hessian weighs it by."""
 
 FINE_BITS = 7.5
 """At eight bits a weight and more, nearest rounding loses so little that feedback is not run."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from joulesmith.calibrate import Moments, calibrate
+from joulesmith.calibrate import calibrate
 from joulesmith.compress.quantize.activations import Scheme
 from joulesmith.compress.quantize.gptq import curvature, gptq
 from joulesmith.compress.quantize.grids import grid
@@ -25,6 +25,7 @@ from joulesmith.compress.quantize.input_types import row_type
 from joulesmith.compress.quantize.sites import folds_of
 from joulesmith.compress.quantize.smooth_step import Smoothed, smooth_block
 from joulesmith.compress.quantize.walk import Rounded
+from joulesmith.moments import Moments
 from joulesmith.progress import Tick, silent
 
 if TYPE_CHECKING:

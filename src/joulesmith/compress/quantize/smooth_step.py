@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from joulesmith.atomic import atomic_path
-from joulesmith.calibrate import Moments, calibrate
+from joulesmith.calibrate import calibrate
 from joulesmith.compress.step import Step, StepRecord, register
+from joulesmith.moments import Moments
 from joulesmith.progress import Tick, silent
 
 if TYPE_CHECKING:

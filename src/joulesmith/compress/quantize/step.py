@@ -36,7 +36,7 @@ class Quantize(Step):
     name: ClassVar[str] = "quantize"
     types: dict[str, str | None] = Field(default_factory=dict)
     default: str | None = None
-    effort: Literal["nearest", "default", "thorough"] = "default"
+    effort: Literal["nearest", "fast", "default", "thorough"] = "default"
     ranges: Ranges | None = None
     learn_steps: int = Field(default=0, ge=0)
     tune_epochs: int = Field(default=0, ge=0)

@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from joulesmith.calibrate import HeadMoments, Moments, calibrate
+from joulesmith.calibrate import calibrate
 from joulesmith.compress.quantize.grids import Format, grid
-from joulesmith.compress.quantize.rounding import round_weight, shared_curvature
+from joulesmith.compress.quantize.rounding import GRADED, round_weight, shared_curvature
 from joulesmith.errors import JoulesmithError
+from joulesmith.memory import trim_heap
+from joulesmith.moments import HeadMoments, Moments
 from joulesmith.progress import Tick, silent
 
 if TYPE_CHECKING:
     import torch
 
+    from joulesmith.compress.quantize.gptq import Curvature
     from joulesmith.models import Model, TensorRef
 
 
@@ -98,9 +101,14 @@ def walk(
         for parameter, ref in refs.items():
             module_name = parameter.split(f".{index}.", 1)[-1].removesuffix(".weight")
             tasks.append((ref, moments.get(module_name), None))
+        trim_heap()  # of the backward pass, before rounding asks for as much
         emit(str(index), _round_all(model, types, tasks, effort, ranges))
+        trim_heap()
 
-    head = calibrate(model.module, windows, visit, seed=seed, scratch=scratch, progress=progress)
+    head = calibrate(
+        model.module, windows, visit,
+        seed=seed, scratch=scratch, graded=effort in GRADED, progress=progress,
+    )  # fmt: skip
     if not ends or skip([r.name for r in ends]):
         return
     tasks = []
@@ -144,8 +152,9 @@ def _round_all(
     threads = torch.get_num_threads()
     found = []
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        curves: dict[torch.Tensor | None, Future[Curvature | None]] = {}
         begun = [
-            _begin(model, ref, types(ref), moments, head, effort, ranges, pool)
+            _begin(model, ref, types(ref), moments, head, effort, ranges, pool, curves)
             for ref, moments, head in tasks
         ]
         for ref, moments, head, weight, parts in begun:
@@ -166,6 +175,7 @@ def _begin(
     effort: str,
     ranges: str | None,
     pool: ThreadPoolExecutor,
+    curves: dict[torch.Tensor | None, Future[Curvature | None]],
 ) -> tuple[
     TensorRef,
     Moments | None,
@@ -173,7 +183,10 @@ def _begin(
     torch.Tensor,
     list[tuple[Format, list[Future[NDArray[np.uint8]]]]],
 ]:
-    """Hand one matrix to the pool, on each of its types and in pieces of `ROWS` rows."""
+    """Hand one matrix to the pool, on each of its types and in pieces of `ROWS` rows.
+
+    curves: of each Hessian, which layers with the same inputs may share.
+    """
     import torch
 
     from joulesmith.models import gguf_view
@@ -195,7 +208,10 @@ def _begin(
     fitted = moments
     if moments is not None and head is not None:
         fitted = replace(moments, hessian=_both_ends(moments, head))
-    curve = pool.submit(shared_curvature, fitted, effort)
+    hessian = None if fitted is None else fitted.hessian
+    curve = curves.get(hessian)
+    if curve is None:
+        curve = curves[hessian] = pool.submit(shared_curvature, fitted, effort)
 
     def piece(g: Format, start: int) -> NDArray[np.uint8]:
         rows = weight[start : start + ROWS]
