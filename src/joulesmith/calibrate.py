@@ -37,7 +37,8 @@ Visit = Callable[[int, Mapping[str, Moments]], None]
 
 
 SAMPLE = 2048
-"""Tokens that are kept as they came, for one block at a time."""
+"""Tokens that are kept as they came, for one block at a time; half where they alone have
+gradients."""
 
 
 def calibrate(
@@ -157,7 +158,8 @@ class _Sweep:
     ) -> None:
         self.inner, self.tokens, self.store, self.all = inner, tokens, store, graded
         self.layers = inner.layers
-        self.batches = _batches(len(tokens), max(1, SAMPLE // tokens.shape[1]), batch, graded)
+        wanted = SAMPLE if graded else SAMPLE // 2
+        self.batches = _batches(len(tokens), max(1, wanted // tokens.shape[1]), batch, graded)
         self.graded = [b for b in self.batches if b.graded]
         # The keyword arguments of a block (positions, mask) depend on the batch's shape only.
         self.calls: dict[int, dict[str, Any]] = {}
@@ -281,18 +283,19 @@ class _Batch:
 def _batches(count: int, wanted: int, size: int, graded: bool) -> list[_Batch]:
     """Batches of ``count`` windows, ``wanted`` of which, evenly spread, are the sample.
 
-    graded: whether all get gradients; else the sample alone, which comes first.
+    graded: whether all get gradients; else the sample alone, which comes first, a window at a
+    time to save memory.
     """
     if wanted < count:
         kept = sorted({i * count // wanted for i in range(wanted)})
     else:
         kept = list(range(count))
     if graded:
-        parts = [(list(range(count)), True)]
+        parts = [(list(range(count)), True, size)]
     else:
-        parts = [(kept, True), (sorted(set(range(count)) - set(kept)), False)]
+        parts = [(kept, True, 1), (sorted(set(range(count)) - set(kept)), False, size)]
     found: list[_Batch] = []
-    for windows, grade in parts:
+    for windows, grade, size in parts:
         for start in range(0, len(windows), size):
             cut = windows[start : start + size]
             sampled = [i for i, w in enumerate(cut) if w in kept]

@@ -17,7 +17,14 @@ from joulesmith.compress.quantize.activations import InputQuantizer, Scheme
 from joulesmith.compress.quantize.fold import Fold, scale_channels
 from joulesmith.compress.quantize.row_walk import moved, walk_rows
 from joulesmith.compress.quantize.sites import folds_of
-from joulesmith.compress.quantize.smooth import Layer, output_damage, search, smooth_scale
+from joulesmith.compress.quantize.smooth import (
+    ALPHAS,
+    BEARABLE,
+    Layer,
+    output_damage,
+    search,
+    smooth_scale,
+)
 from joulesmith.compress.quantize.smooth_step import (
     Smoothed,
     read_smoothed,
@@ -140,6 +147,24 @@ def test_smoothing_pays_where_a_channel_stands_out_and_not_elsewhere() -> None:
     wider = search(x, [layer], Scheme(dynamic=False), ends=ends, alphas=())
     bare = search(x, [layer], Scheme(dynamic=False), alphas=())
     assert wider.damage > 20 * bare.damage
+
+
+def test_an_input_that_no_static_scale_serves_gets_the_factors_for_one_by_token() -> None:
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(200, 24, generator=g)
+    x[:, 5] *= 8
+    layer = Layer(torch.randn(16, 24, generator=g), 0.01 * torch.randn(200, 16, generator=g))
+    static = search(x, [layer], Scheme(dynamic=False))
+    assert static.damage - static.by_token < BEARABLE  # it serves here: one for static scales
+    best = [search(x, [layer], Scheme(dynamic=False), alphas=(a,)).damage for a in ALPHAS]
+    assert static.damage == pytest.approx(min(best))
+    huge = x.clone()
+    huge[0] *= 300  # a token that opens a text
+    token = search(huge, [layer], Scheme())
+    static = search(huge, [layer], Scheme(dynamic=False))
+    assert static.alpha == token.alpha and torch.equal(static.scale, token.scale)
+    assert static.by_token == pytest.approx(token.damage)
+    assert static.damage - static.by_token > BEARABLE
 
 
 def test_gradients_say_which_errors_count() -> None:

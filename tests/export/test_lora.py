@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from joulesmith import models
 from joulesmith.errors import JoulesmithError
-from joulesmith.export.lora import Pair, read_peft, write_gguf_lora, write_peft
+from joulesmith.export.lora import Pair, write_gguf_lora, write_peft
 from joulesmith.gguf_file import read_gguf
 from tiny import write_tiny
 
@@ -44,14 +44,19 @@ def test_peft_round_trip(
     given_pairs = pairs(model, {Q: one, UP: other})
     folder = tmp_path_factory.mktemp("peft") / "adapter"
     size = write_peft(model, given_pairs, folder, base="base")
-    back = read_peft(folder)
-    assert set(back) == {"model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"}
-    outer, inner = back["model.layers.0.self_attn.q_proj"]
+    back = load_file(folder / "adapter_model.safetensors")
+    assert len(back) == 4
+
+    def pair(module: str) -> Pair:
+        outer, inner = (back[f"base_model.model.{module}.lora_{x}.weight"].float() for x in "BA")
+        return outer, inner
+
+    outer, inner = pair("model.layers.0.self_attn.q_proj")
     # torch's row order: adding it to the torch weight adds the pair to GGUF's weight
     ref = model.ref(Q)
     assert ref.rows is not None
     assert torch.equal((outer @ inner)[torch.from_numpy(ref.rows)], torch.mm(*given_pairs[Q]))
-    assert torch.equal(torch.mm(*back["model.layers.1.mlp.up_proj"]), torch.mm(*given_pairs[UP]))
+    assert torch.equal(torch.mm(*pair("model.layers.1.mlp.up_proj")), torch.mm(*given_pairs[UP]))
     assert size == 2 * sum(a.numel() + b.numel() for a, b in given_pairs.values())
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"]
@@ -132,37 +137,3 @@ def test_a_failed_write_leaves_nothing(
     with pytest.raises(JoulesmithError, match="disk full"):
         write_peft(model, pairs(model, {UP: 4}), tmp_path / "p")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_factors_that_are_not_finite_are_one_line(model: models.Model, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    write_peft(model, pairs(model, {Q: 3}), tmp_path / "a")
-    file = tmp_path / "a" / "adapter_model.safetensors"
-    tensors = load_file(file)
-    next(iter(tensors.values()))[0, 0] = torch.inf
-    save_file(tensors, file)
-    with pytest.raises(JoulesmithError, match="NaN or infinity"):
-        read_peft(tmp_path / "a")
-
-
-def test_damaged_adapters_are_one_line(model: models.Model, tmp_path: Path) -> None:
-    write_peft(model, pairs(model, {UP: 4}), tmp_path / "p")
-    weights, settings_file = (
-        tmp_path / "p" / n for n in ("adapter_model.safetensors", "adapter_config.json")
-    )
-    config, raw = settings_file.read_text(), weights.read_bytes()
-    for change in ({"r": 5}, {"lora_alpha": "x"}, {"peft_type": "IA3"}, {"alpha_pattern": [1]}):
-        settings_file.write_text(json.dumps({**json.loads(config), **change}))
-        with pytest.raises(JoulesmithError) as e:
-            read_peft(tmp_path / "p")
-        assert "\n" not in str(e.value)
-    settings_file.write_text(config)
-    weights.write_bytes(raw[:100])
-    with pytest.raises(JoulesmithError, match="damaged"):
-        read_peft(tmp_path / "p")
-    tensors = {"strange": torch.zeros(2)}
-    save_file(tensors, weights)
-    with pytest.raises(JoulesmithError, match="unexpected"):
-        read_peft(tmp_path / "p")
-    assert load_file(weights).keys() == tensors.keys()

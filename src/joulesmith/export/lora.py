@@ -13,7 +13,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,59 +105,6 @@ def _targets(model: Model, ranks: Mapping[str, int]) -> list[str]:
     if {n for n in linear if n.rpartition(".")[2] in leaves} == set(ranks):
         return sorted(leaves)
     return sorted(ranks)
-
-
-def read_peft(folder: str | os.PathLike[str]) -> dict[str, Pair]:
-    """A PEFT folder as `write_peft` writes it: torch module name -> (outer, inner), float32.
-
-    The scale alpha / rank is multiplied into ``outer``. Raises `JoulesmithError` for
-    anything that is no plain LoRA adapter in safetensors, damaged files and NaN.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    from joulesmith.formats.safetensors_file import read_safetensors
-    from joulesmith.vocab_folder import read_json
-
-    at = Path(folder)
-    config = read_json(at / _CONFIG)
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
-        raise JoulesmithError(f"not a plain LoRA adapter: {at / _CONFIG}")
-    halves: dict[str, dict[str, Tensor]] = {}
-    read_safetensors(at / _WEIGHTS)
-    try:
-        with safe_open(str(at / _WEIGHTS), framework="pt") as f:
-            for key in f.keys():  # noqa: SIM118 - the handle is no dict
-                found = re.fullmatch(re.escape(_PREFIX) + r"(.+)\.(lora_[AB])\.weight", key)
-                if found is None:
-                    raise JoulesmithError(f"unexpected tensor {key[:80]!r}: {at / _WEIGHTS}")
-                halves.setdefault(found[1], {})[found[2]] = f.get_tensor(key).float()
-    except (SafetensorError, OSError, ValueError) as e:
-        raise JoulesmithError(f"damaged adapter: {at / _WEIGHTS}: {e}: write it again") from e
-    out: dict[str, Pair] = {}
-    for name, half in halves.items():
-        a, b = half.get("lora_A"), half.get("lora_B")
-        if a is None or b is None or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
-            raise JoulesmithError(f"{name}: lora_A and lora_B do not belong together: {at}")
-        if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
-            raise JoulesmithError(f"{name}: the factors hold NaN or infinity: {at}")
-        out[name] = (b * _scale(config, name, len(a), at), a)
-    return out
-
-
-def _scale(config: Mapping[str, Any], name: str, rank: int, at: Path) -> float:
-    def setting(pattern: str, usual: str) -> float:
-        patterns = config.get(pattern) or {}
-        if not isinstance(patterns, dict):
-            raise JoulesmithError(f"{pattern} is no table: {at / _CONFIG}")
-        value = next((v for k, v in patterns.items() if k in (name, re.escape(name))), None)
-        value = config.get(usual) if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-            raise JoulesmithError(f"{usual} of {name} is {str(value)[:20]}: {at / _CONFIG}")
-        return float(value)
-
-    if setting("rank_pattern", "r") != rank:
-        raise JoulesmithError(f"{name} has rank {rank}, and the config says another: {at}")
-    return setting("alpha_pattern", "lora_alpha") / rank
 
 
 def write_gguf_lora(

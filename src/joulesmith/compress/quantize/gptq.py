@@ -63,7 +63,7 @@ class Curvature:
         sums = h.diagonal().view(-1, WIDTH).sum(1)
         vectors = torch.argsort(sums, descending=True, stable=True)
         order = (vectors[:, None] * WIDTH + torch.arange(WIDTH)).view(-1)
-        factor = _inverse_factor(h[order[:, None], order])
+        factor = _inverse_factor(h, order)
         assert factor is not None  # positive definite in one order is so in any
         return order, factor
 
@@ -102,7 +102,7 @@ def curvature(hessian: Array, *, damping: float = DAMPING) -> Curvature:
     ridge = max(damping / 10, 1e-7)
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
     for _ in range(10):
-        factor = _inverse_factor(h[order[:, None], order], ridge)
+        factor = _inverse_factor(h, order, ridge)
         if factor is not None:
             h.diagonal().add_(ridge)
             return Curvature(h.float(), order, factor)
@@ -110,20 +110,23 @@ def curvature(hessian: Array, *, damping: float = DAMPING) -> Curvature:
     raise JoulesmithError("the Hessian is far from positive semidefinite: check the calibration")
 
 
-def _inverse_factor(h: Tensor, ridge: float = 0.0) -> Tensor | None:
-    """Upper U, float32, with ``U^T U = (h + ridge)^-1``, without forming the inverse.
+def _inverse_factor(h: Tensor, order: Tensor, ridge: float = 0.0) -> Tensor | None:
+    """Upper U, float32, with ``U^T U = (h[order, order] + ridge)^-1``; None where there is none.
 
     Reversing rows and columns turns the wanted factor into the inverse of an
-    ordinary Cholesky factor: one triangular solve instead of two. h float64, not kept.
+    ordinary Cholesky factor, which LAPACK works out in place. h float64, symmetric.
     """
-    turned = h.flip(0, 1)
+    from scipy.linalg.lapack import dpotrf, dtrtri
+
+    back = order.flip(0)
+    turned = h[back[:, None], back]
     turned.diagonal().add_(ridge)
-    lower, info = torch.linalg.cholesky_ex(turned)
-    if int(info) != 0:
-        return None
-    eye = torch.eye(len(h), dtype=h.dtype, out=turned)
-    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return inverse.flip(0, 1).float() if bool(torch.isfinite(inverse).all()) else None
+    # A symmetric matrix by rows is the same by columns, LAPACK's order.
+    lower, info = dpotrf(turned.numpy().T, lower=True, clean=True, overwrite_a=True)
+    if info == 0:
+        lower, info = dtrtri(lower, lower=True, overwrite_c=True)
+    inverse = torch.from_numpy(lower)
+    return inverse.float().flip(0, 1) if info == 0 and bool(inverse.isfinite().all()) else None
 
 
 def feedback_codes(w: Tensor, c: Curvature, grid: Grid, lattice: Lattice) -> Tensor:

@@ -28,6 +28,11 @@ REACH = 1e3
 """Factors stay within this of their geometric mean: norms are stored in float16."""
 
 
+BEARABLE = 3e-5
+"""Nats a token that the best static scale may cost an input above the best by token; where it
+costs more, the input is expected to keep a scale by token, and gets the factors for that."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """One linear layer that reads the inputs: what is needed to judge a rounding of it.
@@ -118,6 +123,9 @@ def search(
 ) -> Smoothing:
     """The alpha of least `output_damage`, and its factors.
 
+    For a static scheme, that of least damage with a scale by token where a static scale costs
+    more than `BEARABLE` above it: factors that bring one huge token down cost all others.
+
     x: (tokens, columns) inputs. layers: all that read them. ends: (2, columns) least and
     largest value of each column over all the text that x is drawn from, by default x's own:
     peaks of a few hundred tokens say little of thousands, and a static scale that covers
@@ -142,12 +150,18 @@ def search(
     x_peak = channels(ends.abs().amax(0))
     w_peak = channels(torch.stack([y.weight.abs().amax(0) for y in layers]).amax(0))
     before = damage(None)
-    best: tuple[float, float | None, Tensor] = (before, None, torch.ones_like(x_peak))
+    plain = torch.ones_like(x_peak)
+    tried: list[tuple[float, float | None, Tensor]] = [(before, None, plain)]
     for alpha in alphas:
         scale = smooth_scale(x_peak, w_peak, alpha)
-        found = damage(scale)
-        if found < best[0]:
-            best = (found, alpha, scale)
-    least, chosen, scale = best
-    by_token = least if scheme.dynamic else damage(scale, True)
-    return Smoothing(chosen, scale, least, before, by_token)
+        tried.append((damage(scale), alpha, scale))
+    found, chosen, scale = min(tried, key=lambda t: t[0])
+    if scheme.dynamic:
+        return Smoothing(chosen, scale, found, before, found)
+    by_token = [damage(s, True) for _, _, s in tried]
+    least = min(range(len(tried)), key=by_token.__getitem__)
+    known = all(y.gradient is not None for y in layers)  # else damage is not in nats
+    if known and found - by_token[least] > BEARABLE:
+        found, chosen, scale = tried[least]
+    at = next(i for i, (_, alpha, _) in enumerate(tried) if alpha == chosen)
+    return Smoothing(chosen, scale, found, before, by_token[at])
