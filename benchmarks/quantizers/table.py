@@ -49,7 +49,8 @@ def _subject(subject: str, lines: list[Line]) -> list[str]:
         f"{first['reference_perplexity']:.3f}); calibrated on {first['windows']} windows of "
         f"{first['calibrated_on']}.",
         "",
-        "| setting | quantizer | bits | KL | perplexity | top-1 | seeds | s | peak MB (added) |",
+        "| setting | quantizer | bits | KL | perplexity | top-1 | seeds | s "
+        "| peak MB (above weights) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     named = sorted({x["setting"] for x in lines}, key=_setting_key)
@@ -71,8 +72,9 @@ def _subject(subject: str, lines: list[Line]) -> list[str]:
             if alone := [x for x in rows if x["fresh"]]:
                 seconds = spread([x["seconds"] for x in alone])[0]
                 peak = spread([x["rss_peak"] / 1e6 for x in alone])[0]
-                added = spread([(x["rss_peak"] - x["rss_before"]) / 1e6 for x in alone])[0]
-                cost = f"{seconds:.0f} | {peak:.0f} ({added:.0f})"
+                above = [x for x in map(_above, alone) if x is not None]
+                told = f" ({spread(above)[0]:.0f})" if above else ""
+                cost = f"{seconds:.0f} | {peak:.0f}{told}"
             out.append(
                 f"| {setting} | {label} | {rows[0]['bits_per_weight']:.4g} | {kl} "
                 f"| {_range(spread([x['perplexity'] for x in rows]))} "
@@ -80,6 +82,13 @@ def _subject(subject: str, lines: list[Line]) -> list[str]:
                 f"| {cost} |"
             )
     return [*out, ""]
+
+
+def _above(x: Line) -> float | None:
+    """MB at the peak beyond imports and float weights; None for runs that did not tell."""
+    if "weight_bytes" not in x:
+        return None
+    return float((x["rss_peak"] - x["rss_imported"] - x["weight_bytes"]) / 1e6)
 
 
 def _costs(lines: list[Line]) -> list[str]:
@@ -96,13 +105,13 @@ def _costs(lines: list[Line]) -> list[str]:
             continue
         for layers, runs in sorted(sizes.items(), key=lambda kv: kv[0] or 10**9):
             notes = ", ".join(sorted({x["note"] for x in runs if x["note"]}))
-            added = [(x["rss_peak"] - x["rss_before"]) / 1e6 for x in runs]
+            above = [x for x in map(_above, runs) if x is not None]
             rows.append(
                 f"| {subject} | {setting} | {label} | {layers or 'all'} | {threads} "
                 f"| {_range(spread([x['seconds'] for x in runs]), 1)} "
                 f"| {_range(spread([x['cpu_seconds'] for x in runs]), 1)} "
                 f"| {_range(spread([x['rss_peak'] / 1e6 for x in runs]), 0)} "
-                f"| {_range(spread(added), 0)} | {notes} |"
+                f"| {_range(spread(above), 0) if above else '—'} | {notes} |"
             )
     if not rows:
         return []
@@ -110,10 +119,10 @@ def _costs(lines: list[Line]) -> list[str]:
         "## Time and memory by number of layers",
         "",
         "Quantizing alone: importing, loading and judging are not counted. Peak of the process, "
-        "and what it adds to what was resident when quantizing began.",
+        "and what of it is above what imports and the float32 weights take.",
         "",
-        "| subject | setting | quantizer | layers | threads | s | CPU s | peak MB | added MB "
-        "| note |",
+        "| subject | setting | quantizer | layers | threads | s | CPU s | peak MB "
+        "| MB above weights | note |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *rows,
         "",

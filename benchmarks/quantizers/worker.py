@@ -54,9 +54,10 @@ def _one(task: dict[str, Any], place: Path) -> dict[str, Any]:
     peer = importlib.import_module(f"benchmarks.quantizers.peers.{task['peer']}")
     setting = by_name(task["setting"])
     torch.manual_seed(task["seed"])
-    model = peer.load(Path(task["folder"]), task)
+    importlib.import_module("transformers.models.llama.modeling_llama")
     peer.warm_imports()
-    before = status_bytes("VmRSS")
+    imported = status_bytes("VmRSS")
+    model = peer.load(Path(task["folder"]), task)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     begun, cpu = time.monotonic(), time.process_time()
@@ -74,13 +75,20 @@ def _one(task: dict[str, Any], place: Path) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "cpu_seconds": cpu_seconds,
-        "rss_before": before,
+        "rss_imported": imported,
+        "weight_bytes": _size(Path(task["folder"])),
         "rss_peak": peak,
         "bits_per_weight": bits,
         "words": words,
         "versions": peer.versions(),
         "forward_check": check,
     }
+
+
+def _size(folder: Path) -> int:
+    """Of the float model's weights. They may be mapped from the file, and count as they are
+    touched: so what a peer needs besides is told from this, not from what loading made resident."""
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 
 def _difference(theirs: Any, state: dict[str, Any], folder: Path, ids: Any) -> float:

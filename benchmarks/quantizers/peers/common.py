@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 
-def load_llama(folder: Path) -> Any:
+def load_llama(folder: Path, attention: str = "eager") -> Any:
     """The float32 model of the folder, in eval mode, on the CPU."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        str(folder), dtype=torch.float32, attn_implementation="eager"
+        str(folder), dtype=torch.float32, attn_implementation=attention
     )
     model.config.use_cache = False  # calibration replays layers, and a cache would grow
     return model.eval()

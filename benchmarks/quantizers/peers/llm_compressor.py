@@ -22,7 +22,7 @@ VARIANTS = {
 
 def load(folder: Path, task: dict[str, Any]) -> Any:
     """The float model."""
-    return load_llama(folder)
+    return load_llama(folder, "sdpa")  # faster than eager attention
 
 
 def warm_imports() -> None:

@@ -54,12 +54,23 @@ def quantize(model: Any, windows: Any, setting: Setting, variant: str, seed: int
     def types(ref: Any) -> list[str]:
         return [] if ref.layer is None else [kind]
 
-    def emit(_: str, rounded: Any) -> None:
-        for r in rounded:
-            packed[r.ref.name] = (r.grid.name, r.packed)
-
     effort = EFFORTS[variant]
     place = os.environ.get("ROUNDED")
+    learns = setting.bits < FINE_BITS and bool(effort.tune_epochs)
+    stored: dict[str, int] = {}
+
+    def fill(name: str, kind: str, raw: Any) -> None:
+        columns = model.ref(name).shape[1]
+        set_gguf_weight(model, name, torch.from_numpy(grid(kind).unpack(raw, columns)))
+        stored[name] = raw.size
+
+    def emit(_: str, rounded: Any) -> None:
+        for r in rounded:
+            if place is None and not learns:  # nothing reads a block's old weights any more
+                fill(r.ref.name, r.grid.name, r.packed)
+            else:
+                packed[r.ref.name] = (r.grid.name, r.packed)
+
     digest = sha256(windows.tobytes() + model.name.encode()).hexdigest()[:16]
     kept = None if place is None else Path(place) / f"{digest}-{kind}-{effort.rounding}-{seed}.npz"
     if kept is not None and kept.exists():
@@ -69,19 +80,18 @@ def quantize(model: Any, windows: Any, setting: Setting, variant: str, seed: int
         walk(model, windows, types, emit, effort=effort.rounding, seed=seed)
         if kept is not None:
             np.savez(kept, **{name: raw for name, (_, raw) in packed.items()})
-    if setting.bits < FINE_BITS and effort.tune_epochs:
+    if learns:
         teacher = teacher_of(model, windows)
         packed = learn(model, packed, windows, steps=effort.learn_steps, seed=seed).packed
         packed = tune(model, packed, windows, teacher, epochs=effort.tune_epochs, seed=seed).packed
     for name, (k, raw) in packed.items():
-        columns = model.ref(name).shape[1]
-        set_gguf_weight(model, name, torch.from_numpy(grid(k).unpack(raw, columns)))
+        fill(name, k, raw)
     with torch.no_grad():  # as folders hold them
         for p in model.module.parameters():
             if p.ndim == 1:
                 p.copy_(p.half())
-    bits = sum(8 * raw.size for _, raw in packed.values())
-    count = sum(len(raw) * model.ref(name).shape[1] for name, (_, raw) in packed.items())
+    bits = sum(8 * size for size in stored.values())
+    count = sum(model.ref(name).shape[0] * model.ref(name).shape[1] for name in stored)
     return model, bits / count
 
 

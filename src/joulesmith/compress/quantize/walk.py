@@ -6,7 +6,7 @@ Knows models and rounding; not what is done with the packed tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -139,54 +139,68 @@ ROWS = 4096
 """Rows of one piece of work; rows are rounded independently of each other."""
 
 
+@dataclass(frozen=True)
+class _Task:
+    """One matrix and what it is rounded with. weight, moments: in the file's order of rows."""
+
+    ref: TensorRef
+    weight: torch.Tensor
+    moments: Moments | None
+    head: HeadMoments | None
+    grids: list[Format]
+    curve: Curvature | None
+
+
 def _round_all(
     model: Model,
     types: Callable[[TensorRef], Sequence[str]],
-    tasks: Sequence[tuple[TensorRef, Moments | None, HeadMoments | None]],
+    matrices: Sequence[tuple[TensorRef, Moments | None, HeadMoments | None]],
     effort: str,
     ranges: str | None,
 ) -> list[Rounded]:
-    """Round several matrices side by side: many small operations, one thread a matrix."""
+    """Round several matrices side by side: many small operations, one thread a matrix.
+
+    Hessians are factored before, each once and one at a time: that takes the most memory.
+    """
     import torch
 
+    curves: dict[torch.Tensor | None, Curvature | None] = {}
+    tasks = [_task(model, *m, types(m[0]), effort, curves) for m in matrices]
     threads = torch.get_num_threads()
     found = []
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        curves: dict[torch.Tensor | None, Future[Curvature | None]] = {}
-        begun = [
-            _begin(model, ref, types(ref), moments, head, effort, ranges, pool, curves)
-            for ref, moments, head in tasks
+        for task in tasks:
+            found += [
+                (task, g, [
+                    pool.submit(
+                        round_weight, task.weight[start : start + ROWS], task.curve, g,
+                        effort=effort, ranges=ranges,
+                    )
+                    for start in range(0, len(task.weight), ROWS)
+                ])
+                for g in task.grids
+            ]  # fmt: skip
+        rounded = [
+            Rounded(
+                t.ref, g, np.concatenate([p.result() for p in pieces]), t.weight, t.moments, t.head
+            )
+            for t, g, pieces in found
         ]
-        for ref, moments, head, weight, parts in begun:
-            for g, pieces in parts:
-                packed = np.concatenate([p.result() for p in pieces])
-                found.append(Rounded(ref, g, packed, weight, moments, head))
     # A thread that sets its number of threads sets that of the maths library for all.
     torch.set_num_threads(threads)
-    return found
+    return rounded
 
 
-def _begin(
+def _task(
     model: Model,
     ref: TensorRef,
-    types: Sequence[str],
     moments: Moments | None,
     head: HeadMoments | None,
+    types: Sequence[str],
     effort: str,
-    ranges: str | None,
-    pool: ThreadPoolExecutor,
-    curves: dict[torch.Tensor | None, Future[Curvature | None]],
-) -> tuple[
-    TensorRef,
-    Moments | None,
-    HeadMoments | None,
-    torch.Tensor,
-    list[tuple[Format, list[Future[NDArray[np.uint8]]]]],
-]:
-    """Hand one matrix to the pool, on each of its types and in pieces of `ROWS` rows.
-
-    curves: of each Hessian, which layers with the same inputs may share.
-    """
+    curves: dict[torch.Tensor | None, Curvature | None],
+) -> _Task:
+    """curves: of each Hessian, which layers with the same inputs may share."""
     import torch
 
     from joulesmith.models import gguf_view
@@ -209,16 +223,6 @@ def _begin(
     if moments is not None and head is not None:
         fitted = replace(moments, hessian=_both_ends(moments, head))
     hessian = None if fitted is None else fitted.hessian
-    curve = curves.get(hessian)
-    if curve is None:
-        curve = curves[hessian] = pool.submit(shared_curvature, fitted, effort)
-
-    def piece(g: Format, start: int) -> NDArray[np.uint8]:
-        rows = weight[start : start + ROWS]
-        return round_weight(rows, curve.result(), g, effort=effort, ranges=ranges)
-
-    parts = [
-        (g, [pool.submit(piece, g, start) for start in range(0, len(weight), ROWS)])
-        for g in fitting
-    ]
-    return ref, moments, head, weight, parts
+    if hessian not in curves:
+        curves[hessian] = shared_curvature(fitted, effort)
+    return _Task(ref, weight, moments, head, fitting, curves[hessian])
