@@ -61,7 +61,7 @@ def calibrate(
     scratch: folder for the blocks' inputs, (n x length x hidden) float32 a block
     outputs: whether `Moments.outputs` are wanted
     graded:  whether all tokens get gradients, or those of the sample alone; then no token
-             weighs more than another, and it takes about half the time
+             weighs more than another, and it takes a third of the time
 
     Matrix products may run in bfloat16 with float32 sums where the processor is faster
     at it: moments are averages over thousands of tokens, whose own noise is far larger.

@@ -11,7 +11,7 @@ from joulesmith.compress.quantize.grids import Grid, grid
 from joulesmith.compress.quantize.refine import descend
 from joulesmith.errors import JoulesmithError
 
-TYPES = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4"]
+TYPES = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "MXFP4", "NVFP4"]
 SUPER = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 
 
@@ -55,10 +55,10 @@ def test_feedback_is_the_definition(name):
 
 
 def test_identity_hessian_is_nearest_rounding():
-    w, _ = layer(1, 16, 96)
+    w, _ = layer(1, 16, 128)
     for name in TYPES:
         g = grid(name)
-        assert np.array_equal(gptq(w, np.eye(96), g, sweeps=0), g.pack(w)), name
+        assert np.array_equal(gptq(w, np.eye(128), g, sweeps=0), g.pack(w)), name
 
 
 @pytest.mark.parametrize("name", TYPES + SUPER)

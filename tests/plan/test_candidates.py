@@ -11,7 +11,7 @@ from joulesmith.plan.candidates import activation_block
     ("kinds", "block"),
     [
         (("F32", "BF16", "INT4-G64"), 0),
-        (("Q8_0", "Q4_1", "IQ4_NL", "MXFP4"), 32),
+        (("Q8_0", "Q4_1", "IQ4_NL", "MXFP4", "NVFP4", "Q1_0"), 32),
         (("Q4_K", "Q6_K", "IQ4_XS", "IQ3_S", "IQ2_XXS", "IQ1_M", "TQ2_0"), 256),
     ],
 )

@@ -64,6 +64,8 @@ _FILE_TYPE = {
     "TQ1_0": 36,
     "TQ2_0": 37,
     "MXFP4": 38,
+    "NVFP4": 39,
+    "Q1_0": 40,
 }
 _GUESSED = 1024  # llama.h: LLAMA_FTYPE_GUESSED, "not specified in the model file"
 _QUANTIZATION_VERSION = 2

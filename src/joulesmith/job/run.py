@@ -333,7 +333,7 @@ class _Job:
         shapes = sorted({(r.shape[0], r.shape[1]) for r in model.matrices()})
         # Not the codebook and ternary types: at three bits and less they miss any floor worth
         # setting where the K-types' kernels, which look nothing up, are cheaper at four.
-        known = types = [*legacy.GRIDS, *kquants.GRIDS]
+        known = types = [*legacy.GRIDS, "MXFP4", *kquants.GRIDS]
         source = marks.main_type(given, model) if accident else None
         if source is not None:
             # Weights that come from a grid fit it, and its like, by accident: these are

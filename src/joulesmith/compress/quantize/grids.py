@@ -401,7 +401,15 @@ def grid(name: str) -> Format:
 
     Raises `JoulesmithError` naming the known ones.
     """
-    from joulesmith.compress.quantize import codebooks, floats, integers, kquants, legacy, ternary
+    from joulesmith.compress.quantize import (
+        codebooks,
+        floats,
+        fp4,
+        integers,
+        kquants,
+        legacy,
+        ternary,
+    )
 
     own: Format | None = integers.by_name(name) or floats.by_name(name)
     if own is not None:
@@ -409,6 +417,7 @@ def grid(name: str) -> Format:
 
     known: dict[str, Format] = {c.name: c for c in (F32(), F16(), BF16())}
     known |= legacy.GRIDS
+    known |= fp4.GRIDS
     known |= kquants.GRIDS
     known |= ternary.GRIDS
     known |= codebooks.GRIDS

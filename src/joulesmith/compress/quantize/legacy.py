@@ -1,7 +1,6 @@
-"""Blocks of 32 weights under one scale: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4.
+"""Blocks of 32 weights under one scale: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL.
 
-These fit any row that is a multiple of 32. Layouts: ggml's ``block_q4_0`` and
-its kin; MXFP4 after the OCP Microscaling Formats specification v1.0, section 5.
+These fit any row that is a multiple of 32. Layouts: ggml's ``block_q4_0`` and its kin.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ HALF_MAX = 65504.0
 
 
 def pair_nibbles(codes: NDArray[Any]) -> NDArray[Any]:
-    """(..., 32) codes -> (..., 16) bytes: first half low, second half high nibbles."""
-    return (codes[..., :16] & 15) | (codes[..., 16:] << 4)
+    """(..., 2 n) codes -> (..., n) bytes: first half low, second half high nibbles."""
+    half = codes.shape[-1] // 2
+    return (codes[..., :half] & 15) | (codes[..., half:] << 4)
 
 
 def split_nibbles(raw: NDArray[Any]) -> NDArray[Any]:
@@ -174,44 +174,4 @@ class IQ4_NL(Plain):  # noqa: N801
     landings = spread((-140.0, -104.0, 13), (90.0, 122.0, 10))
 
 
-class MXFP4(Grid):
-    """4-bit floats (e2m1) under a power of two. Codes here are ordered by value."""
-
-    name = "MXFP4"
-    ggml_type = 39
-    block = 32
-    group = 32
-    block_bytes = 17
-    levels = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
-    largest = 1e18  # the type reaches further, but squares must fit float32 here
-
-    # sign and magnitude nibble of each of our ordered codes, and back; -0 reads as 0
-    _nibble = np.array([15, 14, 13, 12, 11, 10, 9, 0, 1, 2, 3, 4, 5, 6, 7], np.uint8)
-    _order = np.array([7, 8, 9, 10, 11, 12, 13, 14, 7, 6, 5, 4, 3, 2, 1, 0], np.uint8)
-
-    def search(self, x: Tensor, weight: Tensor) -> Lattice:
-        flat, importance = x.reshape(-1, 32), weight.reshape(-1, 32)
-        step = scales.search_power(flat, importance, self.nearest_level, self.levels[-1])
-        return self.snap(step.view(len(x), -1), None)
-
-    def snap(self, step: Tensor, offset: Tensor | None) -> Lattice:
-        # a byte b stands for 2^(b - 128): levels are doubled, the step is halved
-        exponent = torch.log2(step.abs().clamp(min=2.0**-126)).round().clamp(-126, 126)
-        return Lattice(torch.exp2(exponent), None, ((exponent + 128).to(torch.uint8),))
-
-    def write(self, codes: Tensor, lattice: Lattice) -> Bytes:
-        c = self._nibble[codes.numpy().reshape(codes.shape[0], -1, 32)]
-        raw = np.concatenate([lattice.stored[0].numpy()[..., None], pair_nibbles(c)], axis=-1)
-        return raw.reshape(codes.shape[0], -1)
-
-    def read(self, packed: Bytes, columns: int) -> tuple[Tensor, Lattice]:
-        raw = packed.reshape(packed.shape[0], -1, 17)
-        codes = self._order[split_nibbles(raw[..., 1:])].reshape(packed.shape[0], columns)
-        byte = torch.from_numpy(raw[..., 0].copy())
-        step = torch.ldexp(torch.ones(byte.shape), byte.to(torch.int32) - 128)
-        return torch.from_numpy(codes), Lattice(step, None, (byte,))
-
-
-GRIDS: dict[str, Grid] = {
-    g.name: g for g in (Q8_0(), Q4_0(), Q4_1(), Q5_0(), Q5_1(), IQ4_NL(), MXFP4())
-}
+GRIDS: dict[str, Grid] = {g.name: g for g in (Q8_0(), Q4_0(), Q4_1(), Q5_0(), Q5_1(), IQ4_NL())}

@@ -1,7 +1,7 @@
-"""Super-blocks of 256 weights that are -1, 0 or 1 under one scale: TQ1_0 and TQ2_0.
+"""Large blocks under one scale: of -1, 0 and 1 (TQ1_0, TQ2_0), and of -1 and 1 (Q1_0).
 
-Made for models that were trained ternary; others lose too much at this size. Layouts:
-ggml's ``block_tq1_0`` and ``block_tq2_0``.
+Made for models that were trained so; others lose too much at this size. Layouts: ggml's
+``block_tq1_0``, ``block_tq2_0`` and ``block_q1_0``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from joulesmith.compress.quantize.grids import Bytes, Grid, Lattice
 from joulesmith.compress.quantize.legacy import HALF_MAX, Plain, half_bytes, read_half
+from joulesmith.compress.quantize.scales import safe_ratio
 
 _POWERS = np.array([81, 27, 9, 3, 1], np.uint16)
 _RUNS = ((5, 32), (5, 16), (4, 4))
@@ -91,4 +92,37 @@ class TQ2_0(_Ternary):  # noqa: N801
         return codes
 
 
-GRIDS: dict[str, Grid] = {g.name: g for g in (TQ1_0(), TQ2_0())}
+class Q1_0(Plain):  # noqa: N801
+    """The signs of 128 weights, eight a byte, and what they are times."""
+
+    name, ggml_type, block_bytes = "Q1_0", 41, 18
+    block = group = 128
+    levels = (-1, 1)
+    largest = HALF_MAX
+
+    def search(self, x: Tensor, weight: Tensor) -> Lattice:
+        """Closed form: the weighted mean magnitude."""
+        flat, importance = x.reshape(-1, 128), weight.reshape(-1, 128)
+        mean = safe_ratio((importance * flat.abs()).sum(1), importance.sum(1))
+        return self.snap(mean.view(len(x), -1), None)
+
+    def nearest_level(self, u: Tensor) -> Tensor:
+        return torch.where(u > 0, 1.0, -1.0)
+
+    def nearest_code(self, u: Tensor) -> Tensor:
+        return (u > 0).byte()
+
+    def write(self, codes: Tensor, lattice: Lattice) -> Bytes:
+        c = codes.numpy().reshape(codes.shape[0], -1, 128)
+        bits = np.packbits(c, axis=-1, bitorder="little")
+        packed = np.concatenate([half_bytes(lattice.stored[0]), bits], axis=-1)
+        return packed.reshape(codes.shape[0], -1)
+
+    def read(self, packed: Bytes, columns: int) -> tuple[Tensor, Lattice]:
+        raw = packed.reshape(packed.shape[0], -1, 18)
+        codes = np.unpackbits(raw[..., 2:], axis=-1, bitorder="little")
+        flat = torch.from_numpy(codes.reshape(packed.shape[0], columns))
+        return flat, self._lattice(read_half(raw[..., :2]), None)
+
+
+GRIDS: dict[str, Grid] = {g.name: g for g in (TQ1_0(), TQ2_0(), Q1_0())}
