@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.low_rank import stories
 
 from joulesmith import text
 from joulesmith.calibrate import calibrate
@@ -77,7 +76,7 @@ def windows(model: Model, where: str, n: int, length: int, seed: int) -> text.Wi
 
 def opened(name: str) -> Model:
     """The model, float32."""
-    return stories(Path(name)) if name.endswith(".bin") else load(name)
+    return load(name)
 
 
 class Bench:
