@@ -167,6 +167,8 @@ class GgufFile:
             return raw.view("<f2" if t.type == "F16" else "<f8").astype(np.float32).reshape(t.shape)
         gguf = _gguf()
         rows = raw.reshape(-1, t.nbytes * t.shape[-1] // _elements(t.shape))
+        if t.type == "Q1_0":
+            return _signs(rows).reshape(t.shape)
         try:
             out = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(t.number))
         except (NotImplementedError, KeyError, ValueError) as e:
@@ -175,6 +177,13 @@ class GgufFile:
                 "use a file with another block type"
             ) from e
         return np.asarray(out, np.float32).reshape(t.shape)
+
+
+def _signs(rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Rows of Q1_0, which the gguf package does not decode: a float16, and 128 bits of sign."""
+    blocks = rows.reshape(-1, 18)
+    step = np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
+    return np.where(np.unpackbits(blocks[:, 2:], axis=1, bitorder="little"), step, -step)
 
 
 def type_table() -> dict[str, tuple[int, int, int]]:
