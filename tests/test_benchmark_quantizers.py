@@ -78,10 +78,10 @@ def test_nearest_is_off_by_half_a_step_at_most(
 
 def test_the_table_tells_best_spread_and_failures(tmp_path: Path) -> None:
     base = {
-        "subject": "s", "setting": "W4-g64", "windows": 8, "layers": None, "threads": 1, "fresh": False,
+        "subject": "s", "setting": "W4-g64", "windows": 8, "layers": None, "threads": 1, "fresh": True,
         "note": "", "origin": "a model", "evaluated_on": "e", "calibrated_on": "c",
         "reference_perplexity": 2.0, "perplexity": 2.1, "top1": 0.9, "seconds": 1.0,
-        "cpu_seconds": 1.0, "rss_peak": 2e6, "rss_before": 1e6, "bits_per_weight": 4.25,
+        "cpu_seconds": 1.0, "rss_peak": 2e6, "rss_imported": 1e6, "weight_bytes": 4e5, "bits_per_weight": 4.25,
         "words": "w", "versions": "v", "forward_check": None,
     }  # fmt: skip
     lines = [
@@ -99,6 +99,7 @@ def test_the_table_tells_best_spread_and_failures(tmp_path: Path) -> None:
     text = table.render(path, "cmd")
     assert "a:x | 4.25 | **0.11 (0.1–0.12)*** |" in text
     assert "b:x | 4.25 | 0.2 (0.125–0.3) |" in text
+    assert "| 1 | 2 (1) |" in text  # 0.6 MB above imports and weights
     assert "| s | c:x | W4-g64 | Oops: no / good |" in text
 
 

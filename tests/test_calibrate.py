@@ -252,3 +252,32 @@ def test_gradients_of_the_sample_alone(
     torch.testing.assert_close(head.input_fisher, part_head.input_fisher, rtol=5e-2, atol=1e-8)
     assert ticks == sorted(ticks) and ticks[-1] == pytest.approx(1)
     assert not list(tmp_path.iterdir())
+
+
+def test_layers_share_sums_only_while_they_read_the_same() -> None:
+    from types import SimpleNamespace
+
+    from joulesmith.calibrate import _SharedSums
+
+    def taps(**inputs: torch.Tensor) -> dict[str, object]:
+        return {n: SimpleNamespace(x=x) for n, x in inputs.items()}
+
+    g = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(5, 8, generator=g) for _ in range(3))
+    sums = _SharedSums()
+    batches = [
+        taps(q=a, k=a, part=a[:, :4], idle=a[:0]),
+        taps(q=a, k=a, late=a, part=b[:, :4]),
+        taps(q=b, k=c),
+        taps(k=a, idle=b),
+    ]
+    for batch in batches:
+        sums.add(batch)  # type: ignore[arg-type]
+    for name in ("q", "k", "part", "late", "idle"):
+        seen = [batch[name].x for batch in batches if name in batch]  # type: ignore[attr-defined]
+        x = torch.cat(seen)
+        assert sums[name].tokens == len(x)
+        torch.testing.assert_close(sums[name].weighted, x.T @ x)
+    both = _SharedSums()
+    both.add(batches[0])  # type: ignore[arg-type]
+    assert both["q"] is both["k"] and both["part"] is not both["q"] and "idle" not in both

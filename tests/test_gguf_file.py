@@ -262,3 +262,16 @@ def test_values_by_key(sample):
     assert file.value("general.architecture") == "llama"
     assert file.value("absent", 7) == 7
     assert MetaValue.u32(5) == MetaValue(5, ValueType.UINT32)
+
+
+@pytest.mark.parametrize("name", ["Q1_0", "NVFP4"])
+def test_types_that_only_new_engines_know_are_read(tmp_path, name):
+    from joulesmith.compress.quantize.grids import grid
+    from joulesmith.export.gguf import write_gguf
+
+    x = np.random.default_rng(3).normal(size=(5, 256)).astype(np.float32)
+    packed = grid(name).pack(x)
+    write_gguf(tmp_path / "t.gguf", {"a": MetaValue.string("b")}, [("t", name, x.shape, packed)])
+    found = read_gguf(tmp_path / "t.gguf").dequantize("t")
+    assert np.array_equal(found, grid(name).unpack(packed, 256))
+    assert np.corrcoef(found.ravel(), x.ravel())[0, 1] > 0.7

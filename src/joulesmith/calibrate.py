@@ -2,7 +2,8 @@
 
 One forward sweep and one backward sweep over the decoder blocks. Only one block's
 activations, gradients and moments are in memory at a time; the inputs of the
-blocks wait on disk. Gradients may be those of a part of the text, which is faster.
+blocks, or sums over them, wait on disk. Gradients may be those of a part of the
+text, which is faster.
 Knows nothing of what the moments are used for: each block is handed to a visitor as
 soon as it is complete, last block first.
 
@@ -14,6 +15,7 @@ the KL divergence to the unchanged model.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -58,10 +60,12 @@ def calibrate(
     module:  a `transformers` causal language model with ``model.layers``, ``model.norm``
              and ``lm_head`` (Llama and its relatives), float32
     windows: int32 (n, length)
-    scratch: folder for the blocks' inputs, (n x length x hidden) float32 a block
+    scratch: folder for the blocks' inputs, (n x length x hidden) float32 a block; without
+             gradients for a single block, and each block's distinct sums, (columns x columns)
     outputs: whether `Moments.outputs` are wanted
     graded:  whether all tokens get gradients, or those of the sample alone; then no token
-             weighs more than another, and it takes a third of the time
+             weighs more than another, and with tens of thousands of tokens it takes a third of
+             the time
 
     Matrix products may run in bfloat16 with float32 sums where the processor is faster
     at it: moments are averages over thousands of tokens, whose own noise is far larger.
@@ -156,7 +160,7 @@ class _Sweep:
         store: _Store,
         progress: Tick,
     ) -> None:
-        self.inner, self.tokens, self.store, self.all = inner, tokens, store, graded
+        self.inner, self.tokens, self.store, self.grade_all = inner, tokens, store, graded
         self.layers = inner.layers
         wanted = SAMPLE if graded else SAMPLE // 2
         self.batches = _batches(len(tokens), max(1, wanted // tokens.shape[1]), batch, graded)
@@ -189,14 +193,15 @@ class _Sweep:
             for i, layer in enumerate(self.layers):
                 sums = _SharedSums()
                 for b in self.batches:
-                    with _tapped(layer, not self.all) as taps:
+                    with _tapped(layer, not self.grade_all) as taps:
                         hidden = self._block(i, self.store.get(i, b.name))
                     sums.add(taps)
+                    taps.clear()  # or the next batch runs beside this one's inputs
                     self.store.put(i + 1, b.name, hidden)
                     if not b.graded:
                         self.store.remove(i, b.name)
                     self._tick(self.ahead)
-                if not self.all:
+                if not self.grade_all:
                     self.store.put_sums(i, sums)
             for b in self.batches:
                 if not torch.isfinite(self.store.get(len(self.layers), b.name)).all():
@@ -209,13 +214,13 @@ class _Sweep:
         import torch
 
         depth = len(self.layers)
-        sums = HeadSums(head.weight.shape[0], head.weight.shape[1], self.all)
+        sums = HeadSums(head.weight.shape[0], head.weight.shape[1], self.grade_all)
         for b in self.batches:
             hidden = self.store.get(depth, b.name).requires_grad_(b.graded)
             with torch.set_grad_enabled(b.graded):
                 normed = self.inner.norm(hidden)
             x = normed.detach()
-            if not self.all:
+            if not self.grade_all:
                 sums.sums.inputs.add(x.flatten(0, 1), None)
             if not b.graded:
                 continue
@@ -233,7 +238,7 @@ class _Sweep:
         import torch
 
         for i in reversed(range(len(self.layers))):
-            known = {} if self.all else self.store.get_sums(i)
+            known = {} if self.grade_all else self.store.get_sums(i)
             sums = {
                 name: Accumulator(m.out_features, m.in_features, outputs, known.get(name))
                 for name, m in _linears(self.layers[i]).items()
@@ -304,19 +309,40 @@ def _batches(count: int, wanted: int, size: int, graded: bool) -> list[_Batch]:
 
 
 class _SharedSums(dict[str, InputSums]):
-    """Linear layer -> sums over its inputs; those that read the same ones share them."""
+    """Linear layer -> sums over its inputs; those that read the same ones share them.
+
+    Which do is settled by the first batch, as the layers of a block are called in the same way
+    in each; where a later one shows otherwise, a layer goes on with sums of its own.
+    """
 
     def add(self, taps: Mapping[str, _Tap]) -> None:
         """One batch."""
-        readers: dict[int, str] = {}
+        read: dict[str, tuple[Any, ...]] = {}
+        groups: dict[tuple[Any, ...], list[str]] = {}
         for name, tap in taps.items():
-            if tap.x is None:
-                continue
-            leader = readers.setdefault(tap.x.data_ptr(), name)
-            if name not in self:
-                self[name] = InputSums(tap.x.shape[-1]) if leader == name else self[leader]
-            if leader == name or self[leader] is not self[name]:
-                self[name].add(tap.x.flatten(0, -2), None)
+            if tap.x is not None and tap.x.numel():
+                read[name] = (tap.x.data_ptr(), tap.x.shape, tap.x.stride())
+                groups.setdefault(read[name], []).append(name)
+        self._part(read)
+        for names in groups.values():
+            x = taps[names[0]].x
+            assert x is not None
+            fresh = [n for n in names if n not in self]
+            if len(fresh) == len(names):
+                self |= dict.fromkeys(names, InputSums(x.shape[-1]))
+            else:
+                self |= {n: InputSums(x.shape[-1]) for n in fresh}
+            for sums in _distinct({n: self[n] for n in names}):
+                sums.add(x.flatten(0, -2), None)
+
+    def _part(self, read: Mapping[str, tuple[Any, ...]]) -> None:
+        """Layers that have shared sums and do not read the same now go on with copies."""
+        for sums in _distinct(self):
+            parts: dict[object, list[str]] = {}
+            for name in (n for n in self if self[n] is sums):
+                parts.setdefault(read.get(name), []).append(name)
+            for names in list(parts.values())[1:]:
+                self |= dict.fromkeys(names, copy.deepcopy(sums))
 
 
 def _distinct(sums: Mapping[str, InputSums]) -> list[InputSums]:

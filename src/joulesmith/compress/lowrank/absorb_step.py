@@ -33,7 +33,7 @@ class Absorb(Step):
     default: str | None = None
     rank: int = Field(default=8, ge=1)
     ranks: dict[str, int] = Field(default_factory=dict)
-    effort: Literal["nearest", "fast", "default", "thorough"] = "default"
+    effort: Literal["nearest", "default", "thorough"] = "default"
     metric: Literal["fisher", "diagonal", "inputs", "none"] = "fisher"
     sweeps: int = Field(default=1, ge=1)
     seed: int = 0

@@ -23,7 +23,7 @@ ROW = "-ROW"
 
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "TQ1_0": "Q4_0", "TQ2_0": "Q4_0"}
 """What llama.cpp stores where a row holds no whole number of blocks (src/llama-quant.cpp,
-release b11549); all other types of 256 weights become `_SMALL`."""
+release b11549); all others with blocks of more than 32 weights become `_SMALL`."""
 _SMALL = "IQ4_NL"
 _LAST = "F16"
 

@@ -55,7 +55,11 @@ class MXFP4(Grid):
 
 
 class NVFP4(MXFP4):
-    """4-bit floats, 16 of them under an unsigned 8-bit one (e4m3), four such groups a block."""
+    """4-bit floats, 16 of them under an unsigned 8-bit one (e4m3), four such groups a block.
+
+    No scale of the tensor stands above the groups', so small weights lose more: below a
+    hundredth steps get coarse, and below 2^-11 everything is 0. MXFP4 has no such floor.
+    """
 
     name = "NVFP4"
     ggml_type = 40

@@ -16,7 +16,8 @@ EFFORTS = {"nearest": None, "fast": 2, "default": 2, "thorough": 6}
 """Sweeps of coordinate descent after the error-feedback pass; None rounds to nearest."""
 
 GRADED = ("default", "thorough")
-"""Efforts whose calibration takes gradients of all its text, which the Hessian weighs it by."""
+"""Efforts whose calibration takes gradients of all its text, which the Hessian weighs it by; the
+others take those of a sample, to predict damage."""
 
 FINE_BITS = 7.5
 """At eight bits a weight and more, nearest rounding loses so little that feedback is not run."""

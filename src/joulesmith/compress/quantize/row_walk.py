@@ -23,6 +23,7 @@ from joulesmith.compress.quantize.gptq import curvature, gptq
 from joulesmith.compress.quantize.grids import grid
 from joulesmith.compress.quantize.input_types import row_type
 from joulesmith.compress.quantize.sites import folds_of
+from joulesmith.compress.quantize.smooth import BEARABLE
 from joulesmith.compress.quantize.smooth_step import Smoothed, smooth_block
 from joulesmith.compress.quantize.walk import Rounded
 from joulesmith.moments import Moments
@@ -90,7 +91,9 @@ def smooth_at(
 ) -> tuple[Smoothed, dict[str, Moments]]:
     """Smooth one block in place; what was done, and its moments as they are now."""
     block, config = model.module.model.layers[index], model.module.config
-    done = smooth_block(block, config, moments, scheme.kind, scheme.dynamic, scheme.symmetric)
+    done = smooth_block(
+        block, config, moments, scheme.kind, scheme.dynamic, scheme.symmetric, BEARABLE
+    )
     return done, moved(moments, block, config, done)
 
 

@@ -120,11 +120,14 @@ def search(
     channels: Callable[[Tensor], Tensor] = lambda peak: peak,
     columns: Callable[[Tensor], Tensor] = lambda scale: scale,
     alphas: Sequence[float] = ALPHAS,
+    bearable: float | None = None,
 ) -> Smoothing:
     """The alpha of least `output_damage`, and its factors.
 
-    For a static scheme, that of least damage with a scale by token where a static scale costs
-    more than `BEARABLE` above it: factors that bring one huge token down cost all others.
+    bearable: for static schemes whose worst inputs keep a scale by token in the end. Where the
+    best static scale costs more than this above the best by token, the factors are those for
+    one by token: factors that bring one huge token down cost all others. In nats a token, so
+    with gradients.
 
     x: (tokens, columns) inputs. layers: all that read them. ends: (2, columns) least and
     largest value of each column over all the text that x is drawn from, by default x's own:
@@ -158,10 +161,10 @@ def search(
     found, chosen, scale = min(tried, key=lambda t: t[0])
     if scheme.dynamic:
         return Smoothing(chosen, scale, found, before, found)
-    by_token = [damage(s, True) for _, _, s in tried]
-    least = min(range(len(tried)), key=by_token.__getitem__)
-    known = all(y.gradient is not None for y in layers)  # else damage is not in nats
-    if known and found - by_token[least] > BEARABLE:
-        found, chosen, scale = tried[least]
-    at = next(i for i, (_, alpha, _) in enumerate(tried) if alpha == chosen)
-    return Smoothing(chosen, scale, found, before, by_token[at])
+    by_token = damage(scale, True)
+    if bearable is not None:
+        least = [damage(s, True) for _, _, s in tried]
+        i = min(range(len(tried)), key=least.__getitem__)
+        if found - least[i] > bearable:
+            (found, chosen, scale), by_token = tried[i], least[i]
+    return Smoothing(chosen, scale, found, before, by_token)

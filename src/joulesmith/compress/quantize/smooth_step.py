@@ -54,10 +54,12 @@ def smooth_block(
     kind: Literal["int8", "fp8"],
     dynamic: bool,
     symmetric: bool = True,
+    bearable: float | None = None,
 ) -> Smoothed:
     """Choose and fold the factors of one decoder block, in place.
 
     moments: of its linear layers, with samples. Layers without a sample are left alone.
+    bearable: of `search`.
     """
     import torch
 
@@ -87,6 +89,7 @@ def smooth_block(
             ends=moments[fold.consumers[0]].ends,
             channels=fold.channels,
             columns=fold.columns,
+            bearable=bearable,
         )
         found.alpha[fold.producer] = chosen.alpha
         found.damage[fold.producer] = (chosen.before, chosen.damage)
