@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from joulesmith.compress.quantize.gptq import Curvature, curvature, gptq
 from joulesmith.compress.quantize.grids import Bytes, Format
+from joulesmith.compress.quantize.integers import IntGrid
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,8 @@ GRADED = ("default", "thorough")
 others take those of a sample, to predict damage."""
 
 FINE_BITS = 7.5
-"""At eight bits a weight and more, nearest rounding loses so little that feedback is not run."""
+"""At eight bits a weight and more nothing is learned or tuned, and block types are rounded to
+nearest: of what they lose, inputs rounded by the engine are most."""
 
 
 def shared_curvature(moments: Moments | None, effort: str) -> Curvature | None:
@@ -47,11 +49,10 @@ def round_weight(
     if ranges is not None:
         from joulesmith.compress.quantize.chosen import round_chosen
 
-        fine = grid.bits_per_weight > FINE_BITS
-        return round_chosen(weight, curve, grid, ranges, sweeps=None if fine else sweeps)
+        return round_chosen(weight, curve, grid, ranges, sweeps=sweeps)
     if curve is None or sweeps is None:
         return grid.pack(weight)
-    if grid.bits_per_weight > FINE_BITS:
+    if grid.bits_per_weight > FINE_BITS and not isinstance(grid, IntGrid):
         return grid.pack(weight, curve.importance)
     return gptq(weight, curve, grid, sweeps=sweeps)
 
