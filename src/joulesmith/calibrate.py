@@ -3,9 +3,8 @@
 One forward sweep and one backward sweep over the decoder blocks. Only one block's
 activations, gradients and moments are in memory at a time; the inputs of the
 blocks, or sums over them, wait on disk. Gradients may be those of a part of the
-text, which is faster.
-Knows nothing of what the moments are used for: each block is handed to a visitor as
-soon as it is complete, last block first.
+text, which is faster. Knows nothing of what the moments are used for: each block is
+handed to a visitor as soon as it is complete, last block first.
 
 Gradients are those of -log p(y) with y drawn from the model itself, so that their
 second moments are the Fisher information (Martens 2020, "New insights and
@@ -189,25 +188,24 @@ class _Sweep:
             for b in self.batches:
                 hidden, kwargs = enter(self.inner, self.layers[0], self.tokens[b.windows])
                 self.calls.setdefault(hidden.shape[0], kwargs)
-                self.store.put(0, b.name, hidden)
+                self.store.put(0, b.number, hidden)
             for i, layer in enumerate(self.layers):
                 sums = _SharedSums()
                 for b in self.batches:
                     with _tapped(layer, not self.grade_all) as taps:
-                        hidden = self._block(i, self.store.get(i, b.name))
+                        hidden = self._block(i, self.store.get(i, b.number))
                     sums.add(taps)
                     taps.clear()  # or the next batch runs beside this one's inputs
-                    self.store.put(i + 1, b.name, hidden)
+                    if not torch.isfinite(hidden).all():
+                        raise JoulesmithError(
+                            "the model's activations are not finite on the calibration text"
+                        )
+                    self.store.put(i + 1, b.number, hidden)
                     if not b.graded:
-                        self.store.remove(i, b.name)
+                        self.store.remove(i, b.number)
                     self._tick(self.ahead)
                 if not self.grade_all:
                     self.store.put_sums(i, sums)
-            for b in self.batches:
-                if not torch.isfinite(self.store.get(len(self.layers), b.name)).all():
-                    raise JoulesmithError(
-                        "the model's activations are not finite on the calibration text"
-                    )
 
     def head(self, head: Any, generator: torch.Generator) -> Moments:
         """The head's moments; the gradients that enter the last block take its outputs' place."""
@@ -216,7 +214,7 @@ class _Sweep:
         depth = len(self.layers)
         sums = HeadSums(head.weight.shape[0], head.weight.shape[1], self.grade_all)
         for b in self.batches:
-            hidden = self.store.get(depth, b.name).requires_grad_(b.graded)
+            hidden = self.store.get(depth, b.number).requires_grad_(b.graded)
             with torch.set_grad_enabled(b.graded):
                 normed = self.inner.norm(hidden)
             x = normed.detach()
@@ -229,7 +227,7 @@ class _Sweep:
                 sums.sums.keep(x[b.sampled].flatten(0, 1), None, gx[b.sampled].flatten(0, 1))
             torch.autograd.backward(normed, gx)
             assert hidden.grad is not None
-            self.store.put(depth, b.name, hidden.grad)
+            self.store.put(depth, b.number, hidden.grad)
             self._tick(8)
         return sums.sums.done()
 
@@ -244,10 +242,10 @@ class _Sweep:
                 for name, m in _linears(self.layers[i]).items()
             }
             for b in self.graded:
-                hidden = self.store.get(i, b.name).requires_grad_(True)
+                hidden = self.store.get(i, b.number).requires_grad_(True)
                 with _tapped(self.layers[i]) as taps, torch.enable_grad():
                     out = self._block(i, hidden)
-                    torch.autograd.backward(out, self.store.get(i + 1, b.name))
+                    torch.autograd.backward(out, self.store.get(i + 1, b.number))
                 for name, tap in taps.items():
                     if tap.x is None or tap.g is None:
                         continue
@@ -256,7 +254,7 @@ class _Sweep:
                         x, g = tap.x[b.sampled], tap.g[b.sampled]
                         sums[name].keep(x.flatten(0, -2), g.flatten(0, -2))
                 assert hidden.grad is not None
-                self.store.put(i, b.name, hidden.grad)
+                self.store.put(i, b.number, hidden.grad)
                 self._tick(6)
             self.store.drop(i + 1)
             # Each layer's sums go as its moments come: both at once are twice the memory.
@@ -269,7 +267,7 @@ class _Sweep:
 
         total, seen = torch.zeros(self.inner.embed_tokens.weight.shape[1]), 0
         for b in self.graded:
-            g = self.store.get(0, b.name)
+            g = self.store.get(0, b.number)
             total += g.square().sum(dim=(0, 1))
             seen += g.shape[0] * g.shape[1]
         return total / seen
@@ -279,7 +277,7 @@ class _Sweep:
 class _Batch:
     """windows: which. sampled: places of those of them that are kept as they came."""
 
-    name: int
+    number: int
     windows: list[int]
     sampled: list[int]
     graded: bool

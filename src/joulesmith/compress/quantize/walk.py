@@ -168,27 +168,27 @@ def _round_all(
     tasks = [_task(model, *m, types(m[0]), effort, curves) for m in matrices]
     threads = torch.get_num_threads()
     found = []
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for task in tasks:
-            found += [
-                (task, g, [
-                    pool.submit(
-                        round_weight, task.weight[start : start + ROWS], task.curve, g,
-                        effort=effort, ranges=ranges,
-                    )
-                    for start in range(0, len(task.weight), ROWS)
-                ])
-                for g in task.grids
-            ]  # fmt: skip
-        rounded = [
-            Rounded(
-                t.ref, g, np.concatenate([p.result() for p in pieces]), t.weight, t.moments, t.head
-            )
-            for t, g, pieces in found
-        ]
-    # A thread that sets its number of threads sets that of the maths library for all.
-    torch.set_num_threads(threads)
-    return rounded
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for task in tasks:
+                found += [
+                    (task, g, [
+                        pool.submit(
+                            round_weight, task.weight[start : start + ROWS], task.curve, g,
+                            effort=effort, ranges=ranges,
+                        )
+                        for start in range(0, len(task.weight), ROWS)
+                    ])
+                    for g in task.grids
+                ]  # fmt: skip
+            packed = [np.concatenate([p.result() for p in pieces]) for _, _, pieces in found]
+    finally:
+        # A thread that sets its number of threads sets that of the maths library for all.
+        torch.set_num_threads(threads)
+    return [
+        Rounded(t.ref, g, rows, t.weight, t.moments, t.head)
+        for (t, g, _), rows in zip(found, packed, strict=True)
+    ]
 
 
 def _task(
