@@ -224,7 +224,8 @@ class _Sweep:
                 continue
             gx = sums.add(x.flatten(0, 1), head, generator).reshape(x.shape)
             if b.sampled:
-                sums.sums.keep(x[b.sampled].flatten(0, 1), None, gx[b.sampled].flatten(0, 1))
+                sums.sums.inputs.kept.append(x[b.sampled].flatten(0, 1))
+                sums.sums.keep(None, gx[b.sampled].flatten(0, 1))
             torch.autograd.backward(normed, gx)
             assert hidden.grad is not None
             self.store.put(depth, b.number, hidden.grad)
@@ -246,13 +247,18 @@ class _Sweep:
                 with _tapped(self.layers[i]) as taps, torch.enable_grad():
                     out = self._block(i, hidden)
                     torch.autograd.backward(out, self.store.get(i + 1, b.number))
+                kept = set()
                 for name, tap in taps.items():
                     if tap.x is None or tap.g is None:
                         continue
                     sums[name].add(tap.x.flatten(0, -2), tap.g.flatten(0, -2))
-                    if b.sampled:
-                        x, g = tap.x[b.sampled], tap.g[b.sampled]
-                        sums[name].keep(x.flatten(0, -2), g.flatten(0, -2))
+                    if not b.sampled:
+                        continue
+                    sums[name].keep(tap.g[b.sampled].flatten(0, -2))
+                    inputs = sums[name].inputs
+                    if inputs not in kept:  # once for all layers that share them
+                        inputs.kept.append(tap.x[b.sampled].flatten(0, -2))
+                        kept.add(inputs)
                 assert hidden.grad is not None
                 self.store.put(i, b.number, hidden.grad)
                 self._tick(6)

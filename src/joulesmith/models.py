@@ -30,6 +30,7 @@ from joulesmith.architectures import (
 from joulesmith.atomic import atomic_folder
 from joulesmith.errors import JoulesmithError, MissingExtraError
 from joulesmith.gguf_file import GgufFile, MetaValue, read_gguf
+from joulesmith.memory import release_memory
 from joulesmith.vocab import Tokenizer, tokenizer_from_metadata
 
 if TYPE_CHECKING:
@@ -179,7 +180,9 @@ def load(ref: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None)
         raise JoulesmithError(f"unsupported dtype {dtype!r}: use float32, bfloat16 or float16")
     source = resolve(ref)
     loaders = {"gguf": _from_gguf, "llama2c": _from_llama2c, "folder": _from_folder}
-    return loaders[source.kind](source, kind)
+    model = loaders[source.kind](source, kind)
+    release_memory()  # what parsing the vocabulary took
+    return model
 
 
 def gguf_weight(model: Model, name: str) -> torch.Tensor:

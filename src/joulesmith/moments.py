@@ -78,6 +78,7 @@ class InputSums:
         self.ends: torch.Tensor | None = None
         self.weight = 0.0
         self.tokens = 0
+        self.kept: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor, s: torch.Tensor | None) -> None:
         """x (tokens, columns), s (tokens,) their weights, None for 1."""
@@ -117,7 +118,6 @@ class Accumulator:
         self.outputs = torch.zeros(rows, rows) if outputs else None
         self.fisher = torch.zeros(rows)
         self.graded = 0
-        self.x: list[torch.Tensor] = []
         self.g: list[torch.Tensor] = []
         self.pull: list[torch.Tensor] = []
 
@@ -137,17 +137,15 @@ class Accumulator:
         self.fisher += fisher
         self.graded += tokens
 
-    def keep(
-        self, x: torch.Tensor, g: torch.Tensor | None, pull: torch.Tensor | None = None
-    ) -> None:
-        """Put some tokens by, as `Sample` has them."""
-        for values, kept in ((x, self.x), (g, self.g), (pull, self.pull)):
+    def keep(self, g: torch.Tensor | None, pull: torch.Tensor | None = None) -> None:
+        """Put gradients of some tokens by, as `Sample` has them; ``inputs.kept`` has the rest."""
+        for values, kept in ((g, self.g), (pull, self.pull)):
             if values is not None:
                 kept.append(values)
 
     def sample(self) -> Sample | None:
         """The tokens that were kept."""
-        x = _joined(self.x)
+        x = _joined(self.inputs.kept)
         return None if x is None else Sample(x, _joined(self.g), _joined(self.pull))
 
     def done(self) -> Moments:
@@ -165,12 +163,12 @@ class Accumulator:
 
 
 def _joined(kept: list[torch.Tensor]) -> torch.Tensor | None:
-    """All of them in one; None for none. The list is empty afterwards."""
+    """All of them in one; None for none. The list then holds that one, which others may share."""
     import torch
 
-    joined = torch.cat(kept) if kept else None
-    kept.clear()
-    return joined
+    if len(kept) > 1:
+        kept[:] = [torch.cat(kept)]
+    return kept[0] if kept else None
 
 
 class HeadSums:

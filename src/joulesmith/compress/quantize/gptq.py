@@ -193,8 +193,10 @@ def gptq(
     grid = grid.bind(t, importance)
     lattice = grid.fit(t, importance)
     out = np.empty((t.shape[0], grid.row_bytes(t.shape[1])), np.uint8)
-    for start in range(0, t.shape[0], ROWS):
-        stop = min(start + ROWS, t.shape[0])
+    pieces = -(-len(t) // ROWS)
+    size = -(-len(t) // pieces)  # of one size, which takes the least memory
+    for start in range(0, len(t), size):
+        stop = min(start + size, len(t))
         part = lattice.rows(start, stop)
         x = t[start:stop]
         if isinstance(grid, VectorGrid):
