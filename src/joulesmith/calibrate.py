@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from joulesmith.errors import JoulesmithError
+from joulesmith.memory import trim_heap
 from joulesmith.moments import Accumulator, HeadMoments, HeadSums, InputSums, Moments
 from joulesmith.progress import Tick, silent
 
@@ -142,6 +143,7 @@ def _calibrate(
         sweep.forward()
         generator = torch.Generator().manual_seed(seed)
         moments = sweep.head(head, generator)
+        trim_heap()
         sweep.backward(visit, outputs)
         counts = torch.bincount(tokens.flatten(), minlength=head.weight.shape[0]).float()
         return HeadMoments(moments, sweep.input_fisher(), counts / tokens.numel())
@@ -234,7 +236,6 @@ class _Sweep:
 
     def backward(self, visit: Visit, outputs: bool) -> None:
         """Last block first; its gradient at the input replaces its input."""
-        import torch
 
         for i in reversed(range(len(self.layers))):
             known = {} if self.grade_all else self.store.get_sums(i)
@@ -243,29 +244,35 @@ class _Sweep:
                 for name, m in _linears(self.layers[i]).items()
             }
             for b in self.graded:
-                hidden = self.store.get(i, b.number).requires_grad_(True)
-                with _tapped(self.layers[i]) as taps, torch.enable_grad():
-                    out = self._block(i, hidden)
-                    torch.autograd.backward(out, self.store.get(i + 1, b.number))
-                kept = set()
-                for name, tap in taps.items():
-                    if tap.x is None or tap.g is None:
-                        continue
-                    sums[name].add(tap.x.flatten(0, -2), tap.g.flatten(0, -2))
-                    if not b.sampled:
-                        continue
-                    sums[name].keep(tap.g[b.sampled].flatten(0, -2))
-                    inputs = sums[name].inputs
-                    if inputs not in kept:  # once for all layers that share them
-                        inputs.kept.append(tap.x[b.sampled].flatten(0, -2))
-                        kept.add(inputs)
-                assert hidden.grad is not None
-                self.store.put(i, b.number, hidden.grad)
+                self._back(i, b, sums)
                 self._tick(6)
             self.store.drop(i + 1)
             # Each layer's sums go as its moments come: both at once are twice the memory.
             visit(i, {name: sums.pop(name).done() for name in list(sums)})
             self._tick(3 * len(self.batches))
+
+    def _back(self, i: int, b: _Batch, sums: Mapping[str, Accumulator]) -> None:
+        """One batch through a block; what it held is gone when the block's visitor is called."""
+        import torch
+
+        hidden = self.store.get(i, b.number).requires_grad_(True)
+        with _tapped(self.layers[i]) as taps, torch.enable_grad():
+            out = self._block(i, hidden)
+            torch.autograd.backward(out, self.store.get(i + 1, b.number))
+        kept = set()
+        for name, tap in taps.items():
+            if tap.x is None or tap.g is None:
+                continue
+            sums[name].add(tap.x.flatten(0, -2), tap.g.flatten(0, -2))
+            if not b.sampled:
+                continue
+            sums[name].keep(tap.g[b.sampled].flatten(0, -2))
+            inputs = sums[name].inputs
+            if inputs not in kept:  # once for all layers that share them
+                inputs.kept.append(tap.x[b.sampled].flatten(0, -2))
+                kept.add(inputs)
+        assert hidden.grad is not None
+        self.store.put(i, b.number, hidden.grad)
 
     def input_fisher(self) -> torch.Tensor:
         """(hidden,) E[g^2] where the blocks begin."""

@@ -211,8 +211,8 @@ class Grid(Format):
     def nearest_code(self, u: Tensor) -> Tensor:
         """Multiples of the step, any shape -> the nearest code, uint8."""
         if self._uniform:
-            low = self.levels[0]
-            return (u.round().clamp_(self.levels[self.first], self.levels[self.last]) - low).byte()
+            low, high = self.levels[self.first], self.levels[self.last]
+            return u.round().clamp_(low, high).sub_(self.levels[0]).byte()
         if not self._whole:
             return self._above(u).byte()
         return self._table[self._cell(u)]
@@ -258,7 +258,8 @@ class Grid(Format):
 
     def values(self, codes: Tensor, lattice: Lattice) -> Tensor:
         """codes (rows, columns) uint8 -> float32 weights, rounded as llama.cpp rounds them."""
-        level = self._levels[codes.long()].view(codes.shape[0], -1, self.group)
+        flat = codes.float().add_(self.levels[0]) if self._uniform else self._levels[codes.int()]
+        level = flat.view(codes.shape[0], -1, self.group)
         out = level.mul_(lattice.step[:, :, None])
         if lattice.offset is not None:
             out = out.add_(lattice.offset[:, :, None])
