@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from joulesmith.errors import JoulesmithError
-from joulesmith.workspace import Workspace, fingerprint
+from joulesmith.workspace import Workspace, file_identity, fingerprint
 
 
 def test_the_same_arguments_resume(tmp_path: Path) -> None:
@@ -51,6 +52,43 @@ def test_two_processes_do_not_share(tmp_path: Path) -> None:
     assert "another joulesmith works" in out.stdout
 
 
+def test_an_error_before_any_work_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(JoulesmithError), Workspace(tmp_path / "run", {"a": 1}):
+        raise JoulesmithError("bad text")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(JoulesmithError), Workspace(tmp_path / "mine", {"a": 1}):
+        raise JoulesmithError("bad text")
+    assert list((tmp_path / "mine").iterdir()) == [], "a folder that was there stays"
+
+
+def test_an_error_after_some_work_keeps_it(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), Workspace(tmp_path / "run", {"a": 1}) as w:
+        w.put("x", 1)
+        raise KeyboardInterrupt
+    with Workspace(tmp_path / "run", {"a": 1}) as w:
+        assert w.get("x") == 1
+
+
+def test_a_refused_claim_takes_nothing_away(tmp_path: Path) -> None:
+    with Workspace(tmp_path, {"a": 1}):
+        pass
+    with pytest.raises(JoulesmithError, match="a differ"), Workspace(tmp_path, {"a": 2}):
+        pass
+    assert (tmp_path / "run.json").exists()
+
+
+def test_files_that_change_are_told_apart(tmp_path: Path) -> None:
+    assert file_identity(None) is None
+    assert file_identity("hf:some/set") == ["hf:some/set"]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"one")
+    folder, file = file_identity(str(tmp_path)), file_identity(str(path))
+    assert file_identity(str(tmp_path)) == folder
+    os.utime(path, ns=(1, 1))
+    assert file_identity(str(tmp_path)) != folder and file_identity(str(path)) != file
+
+
 def test_a_damaged_stage_is_computed_again(tmp_path: Path) -> None:
     with Workspace(tmp_path, {}) as w:
         w.put("x", 1)
@@ -60,7 +98,7 @@ def test_a_damaged_stage_is_computed_again(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(JoulesmithError, match="cannot use"), Workspace(tmp_path / "file" / "x", {}):
+    with pytest.raises(JoulesmithError, match="cannot write"), Workspace(tmp_path / "file" / "x", {}):
         pass
 
 

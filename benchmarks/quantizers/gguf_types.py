@@ -137,7 +137,8 @@ class Judge:
                     if r.ref.layer is not None:
                         found[r.ref.name] = r.moments.squares.numpy()
 
-            walk(self.model, self.calibration(seed), lambda _: ["F16"], emit, seed=seed)
+            windows = self.calibration(seed)
+            walk(self.model, windows, lambda _: ["F16"], emit, effort="nearest", seed=seed)
             np.savez(path, **found)
         with np.load(path, allow_pickle=False) as z:
             return {k: z[k] for k in z.files}

@@ -7,6 +7,7 @@ torch nor transformers.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -128,6 +129,8 @@ def resolve(ref: str | os.PathLike[str]) -> Source:
     Raises `JoulesmithError`: nothing there, a damaged bundled file, no network.
     """
     text = os.fspath(ref)
+    if not text.strip():
+        raise JoulesmithError("no model is named: give smollm2, a file, a folder or a hub id")
     path = Path(text).expanduser()
     if text == "smollm2":
         return _bundled()
@@ -292,7 +295,7 @@ def _from_gguf(source: Source, dtype: torch.dtype) -> Model:
     types: dict[str, int] = {}
     for tensor in file.tensors:
         if len(tensor.shape) > 1:
-            types[tensor.type] = types.get(tensor.type, 0) + tensor.nbytes
+            types[tensor.type] = types.get(tensor.type, 0) + math.prod(tensor.shape)
     main = max(types, key=lambda t: types[t])
     name = source.name
     stored = file.value("general.name")

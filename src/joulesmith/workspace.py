@@ -5,6 +5,7 @@ Knows names, JSON and a lock; not what the stages compute.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,8 +29,27 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def file_identity(path: str | None) -> list[Any] | None:
+    """What tells one state of a file, or of the files in a folder, from another; JSON.
+
+    Place, sizes and times of change, as reading all of a model takes long. The name alone where
+    nothing is there ("hf:DATASET"), None for None.
+    """
+    if path is None:
+        return None
+    where = Path(path).expanduser()
+    if not where.exists():
+        return [path]
+    where = where.resolve()
+    files = sorted(f for f in where.iterdir() if f.is_file()) if where.is_dir() else [where]
+    stats = [(f.name, f.stat()) for f in files]
+    return [str(where), *([name, s.st_size, s.st_mtime_ns] for name, s in stats)]
+
+
 class Workspace:
     """``folder`` for one run of one set of arguments. Use as a context manager (holds a lock).
+
+    An error before anything was kept there leaves no trace of the run.
 
     Raises `JoulesmithError` when the folder cannot be made, holds a run with other
     arguments, or another process works in it.
@@ -40,21 +60,28 @@ class Workspace:
         self.arguments = arguments
         self.work = folder / "work"
         self._lock: int | None = None
+        self._made = self._claimed = False
 
     def __enter__(self) -> Workspace:
         try:
+            self._made = not self.folder.exists()
             self.work.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             self._claim()
+            self._claimed = True
         except OSError as e:
             self.__exit__()
-            raise JoulesmithError(f"cannot use {self.folder}: {e.strerror or e}") from e
+            raise JoulesmithError(
+                f"cannot write {self.folder}: {e.strerror or e}: choose another --out"
+            ) from e
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self._claimed and exc and exc[0] is not None and not any(self.work.iterdir()):
+            self._forget()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -69,6 +96,15 @@ class Workspace:
             raise JoulesmithError(
                 f"another joulesmith works in {self.folder}: wait for it or choose another --out"
             ) from e
+
+    def _forget(self) -> None:
+        """Remove what claiming the folder wrote, and nothing else."""
+        with contextlib.suppress(OSError):
+            self.work.rmdir()
+            for name in ("run.json", ".lock"):
+                (self.folder / name).unlink(missing_ok=True)
+            if self._made:
+                self.folder.rmdir()
 
     def _claim(self) -> None:
         path = self.folder / "run.json"

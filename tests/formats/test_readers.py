@@ -374,7 +374,7 @@ OUTSIDE = '<!DOCTYPE b SYSTEM "file:///etc/passwd">'
         (ir([], head=OUTSIDE), b"", "document type"),
         (b"<net>" + b"<a>" * 100 + b"</a>" * 100 + b"</net>", b"", "nested deeper"),
         (ir([constant(0, "f32", "2", 0, 8)]), b"\0" * 7, "does not fit"),
-        (ir([constant(0, "f32", "2", 0, 8)]), None, "does not fit"),
+        (ir([constant(0, "f32", "2", 0, 8)]), None, "openvino_model.bin is missing"),
         (ir([constant(0, "f32", "3", 0, 8)]), EIGHT, "does not fit"),
         (ir([constant(0, "f32", "2", 1 << 62, 8)]), EIGHT, "does not fit"),
         (ir([constant(0, "f32", "2", -8, 8)]), EIGHT, "is wrong"),

@@ -7,12 +7,12 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from runner import Run
 
 
 def test_a_folder_that_keeps_most(tiny: Path, tmp_path: Path, joulesmith: Run) -> None:
     pytest.importorskip("compressed_tensors")
-    import torch
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "out"
@@ -46,7 +46,6 @@ def test_rounded_inputs_are_judged_and_written(
     tiny: Path, tmp_path: Path, joulesmith: Run, kind: str, form: str, words: str
 ) -> None:
     pytest.importorskip("compressed_tensors")
-    import torch
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "out"
@@ -95,6 +94,9 @@ def test_rounded_inputs_are_judged_and_written(
         (("--type", "W8A8", "--rotate"), "no --rotate"),
         (("--type", "W8A8", "--format", "onnx"), "only compressed-tensors has a place"),
         (("--map", "absent/map.html"), "no such folder"),
+        (("--map", "/"), "give the name of an HTML file"),
+        (("--type", ""), "unknown tensor type ''"),
+        (("--eval", "/dev/null"), "--eval /dev/null"),
     ],
 )
 def test_bad_input_is_one_line(
@@ -104,7 +106,38 @@ def test_bad_input_is_one_line(
     assert done.returncode == 2
     assert match in done.stderr
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == [], "no working files either"
+
+
+def test_a_text_that_is_too_short_leaves_nothing(
+    tiny: Path, tmp_path: Path, joulesmith: Run
+) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    words = ("quantize", tiny, "--type", "INT4-G32", "--out", tmp_path / "out")
+    done = joulesmith(*words, "--eval", tmp_path / "short.txt")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["short.txt"]
+
+
+def test_a_run_does_not_go_on_with_another_model(
+    tiny: Path, tmp_path: Path, joulesmith: Run
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    from joulesmith.models import load, save
+
+    model = load(tiny)
+    source, out = tmp_path / "model", tmp_path / "out"
+    save(model, source)
+    words = ("quantize", source, "--type", "INT4-G32", "--effort", "fast", "--out", out)
+    assert joulesmith(*words, until="round:").returncode == -signal.SIGKILL
+    with torch.no_grad():
+        for p in model.module.parameters():
+            p.mul_(0.9)
+    save(model, tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").replace(source / "model.safetensors")
+    done = joulesmith(*words)
+    assert done.returncode == 2 and "model_file differ" in done.stderr
+    assert not out.exists()
 
 
 def test_learned_rounding_keeps_more_and_goes_on_where_it_stopped(
@@ -131,7 +164,6 @@ def test_learned_rounding_keeps_more_and_goes_on_where_it_stopped(
 
 
 def test_rotated(tiny: Path, tmp_path: Path, joulesmith: Run) -> None:
-    import torch
     from transformers import AutoModelForCausalLM
 
     words = ("quantize", tiny, "--type", "INT8-G32", "--out", tmp_path / "out", "--json")

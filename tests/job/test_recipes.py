@@ -19,6 +19,7 @@ from joulesmith.gguf_file import read_gguf
 from joulesmith.job.quantize import Quantized, quantize
 from joulesmith.models import gguf_weight, load
 from joulesmith.progress import Progress
+from joulesmith.text import english, read
 
 QUIET = Progress({}, stream=open("/dev/null", "w"))  # noqa: SIM115
 
@@ -207,6 +208,14 @@ def test_rounded_inputs_from_a_recipe_are_those_of_the_type(tiny: Path, tmp_path
         ("compressed-tensors", "step: quantize, default: F16", "nothing is quantized"),
         ("gguf", "step: polish", "unknown step"),
         ("gguf", "step: quantize, default: Q9_9", "unknown tensor type"),
+        ("gguf", "step: polish", "known are absorb, awq"),
+        ("gguf", "step: quantize, defualt: Q4_0", "step 1: defualt: Extra"),
+        ("gguf", "step: awq", "step 1: type: Field required"),
+        ("gguf", "step: lowrank, kept: false", "step 1: give parameters, energy or ranks"),
+        ("gguf", "step: awq, type: Q9_9", "unknown tensor type"),
+        ("gguf", "step: awq, type: F16", "no scales to protect"),
+        ("gguf", "step: lowrank, ranks: {model.nope: 3}, kept: false", "no linear layer"),
+        ("gguf", "step: quantize, default: [Q4_0", "not YAML: .*line 4, column"),
         ("compressed-tensors", "step: round-inputs", "rounded inputs but no quantized weights"),
     ],
 )
@@ -222,11 +231,45 @@ def test_what_cannot_be_is_refused_before_work(
     assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
 
 
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("calibration: {clib: my.txt}", "unknown key 'clib'"),
+        ("extra: 1", "unknown key 'extra'"),
+        ("steps: []", "no steps"),
+    ],
+)
+def test_what_a_recipe_has_beside_steps(tiny: Path, tmp_path: Path, text: str, match: str) -> None:
+    steps = "" if text.startswith("steps") else "\nsteps: [{step: quantize, default: Q8_0}]"
+    given = tmp_path / "r.yaml"
+    given.write_text(f"joulesmith_recipe: 1\n{text}{steps}\n")
+    with pytest.raises(JoulesmithError, match=match):
+        made(tiny, tmp_path / "m.gguf", "gguf", given)
+    assert [p.name for p in tmp_path.iterdir()] == ["r.yaml"]
+
+
+def test_a_recipe_knows_its_text(tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "c.txt"
+    text.write_text(english().text[:60000])
+    plan = recipe(
+        tmp_path / "r.yaml",
+        "step: quantize, default: Q8_0, effort: nearest",
+        calibration=f"calibration: {{calib: {text}, sha256: {'0' * 64}}}",
+    )
+    with pytest.raises(JoulesmithError, match="not the text that the recipe was made with"):
+        made(tiny, tmp_path / "m.gguf", "gguf", plan)
+    made(tiny, tmp_path / "m.gguf", "gguf", plan, calib=str(text))
+    again = read_recipe(tmp_path / "m.recipe.yaml")
+    assert again.calibration["sha256"] == read(str(text)).sha256
+    made(tiny, tmp_path / "n.gguf", "gguf", tmp_path / "m.recipe.yaml")
+
+
 def test_steps_in_an_order_that_loses_work(tiny: Path, tmp_path: Path) -> None:
     quantized = "step: quantize, default: Q8_0"
     for steps, match in (
         ((quantized, "step: rotate"), "put it before quantize"),
         ((quantized, quantized), "quantized by two steps"),
+        (("step: kv-cache, bits: 8", "step: kv-cache, bits: 4", quantized), "cache a second time"),
     ):
         with pytest.raises(JoulesmithError, match=match):
             made(tiny, tmp_path / "m.gguf", "gguf", recipe(tmp_path / "r.yaml", *steps))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -133,7 +134,8 @@ def quantize(
         Optional[str],  # noqa: UP045
         typer.Option(
             metavar="TYPE",
-            help="Type of embedding and head. Default: F16, in a GGUF Q6_K or more.",
+            help="In a GGUF, the type of embedding and head. Default: Q6_K or more. Other formats "
+            "keep them in F16.",
         ),
     ] = None,
     calib: Annotated[
@@ -182,6 +184,8 @@ def quantize(
 
     if map_ is not None and not map_.parent.is_dir():
         raise JoulesmithError(f"no such folder for --map: {map_.parent}")
+    if map_ is not None and (map_.is_dir() or not os.access(map_.parent, os.W_OK)):
+        raise JoulesmithError(f"cannot write --map {map_}: give the name of an HTML file")
     if format_ is None:
         format_ = "gguf" if out.suffix.lower() == ".gguf" else "compressed-tensors"
     with interruptible("the same command goes on where it stopped"):
@@ -200,6 +204,12 @@ def quantize(
             form=format_,
             progress=Progress({}),
         )
+    if json_:
+        print_json(found)
+    else:
+        from joulesmith.report.model_tables import render_quantized
+
+        render_quantized(found, console())
     if map_ is not None:
         from joulesmith.report import damage_of, heat_map_page
 
@@ -208,9 +218,3 @@ def quantize(
             heat_map_page(damage_of(damage, found.types, title=f"{found.type} of {model}"), map_)
         else:
             print("joulesmith: no --map: this recipe predicts no damage", file=sys.stderr)
-    if json_:
-        print_json(found)
-    else:
-        from joulesmith.report.model_tables import render_quantized
-
-        render_quantized(found, console())

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from joulesmith.atomic import atomic_path
-from joulesmith.compress.step import Step, StepRecord, find, to_plain
+from joulesmith.compress.step import REGISTRY, Step, StepRecord, find, to_plain
 from joulesmith.errors import JoulesmithError, MissingExtraError
 from joulesmith.progress import Tick, silent
 
@@ -77,9 +77,17 @@ def read_recipe(path: Path) -> Recipe:
     except OSError as e:
         raise JoulesmithError(f"cannot read {path}: {e.strerror or e}") from e
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
-        raise JoulesmithError(f"not YAML: {path}: {str(e).splitlines()[0]}") from e
+        mark = getattr(e, "problem_mark", None)
+        place = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+        why = getattr(e, "problem", None) or str(e).splitlines()[0]
+        raise JoulesmithError(f"not YAML: {path}{place}: {why}") from e
     if not isinstance(plain, dict) or plain.get("joulesmith_recipe") != 1:
         raise JoulesmithError(f"not a joulesmith recipe (joulesmith_recipe: 1 is missing): {path}")
+    known = ("joulesmith_recipe", "model", "calibration", "steps")
+    if foreign := [str(k) for k in plain if k not in known]:
+        raise JoulesmithError(
+            f"unknown key {foreign[0][:40]!r}: {path}: a recipe has {', '.join(known)}"
+        )
     calibration = plain.get("calibration") or {}
     if not isinstance(calibration, dict):
         raise JoulesmithError(f"calibration must be a table: {path}")
@@ -104,10 +112,19 @@ def _step(plain: Any, index: int, path: Path) -> Step:
     try:
         return find(str(plain["step"]))(**settings)
     except KeyError as e:
-        raise JoulesmithError(f"unknown step {plain['step']!r}: {where}") from e
+        known, name = ", ".join(sorted(REGISTRY)), str(plain["step"])[:40]
+        raise JoulesmithError(f"unknown step {name!r}: {where}: known are {known}") from e
     except (ValidationError, TypeError) as e:
-        text = e.errors()[0]["msg"] if isinstance(e, ValidationError) else str(e)
+        text = _first(e) if isinstance(e, ValidationError) else str(e)
         raise JoulesmithError(f"bad settings of {plain['step']}: {where}: {text}") from e
+
+
+def _first(e: ValidationError) -> str:
+    """The first thing wrong, with the setting that it is about."""
+    found = e.errors()[0]
+    name = ".".join(str(part)[:40] for part in found["loc"])
+    words = found["msg"].removeprefix("Value error, ")
+    return f"{name}: {words}" if name else words
 
 
 def _yaml() -> Any:

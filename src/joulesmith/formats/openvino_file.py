@@ -158,6 +158,10 @@ class _Reader:
         if bits is None and kind != "string":
             raise self.bad(f"constant {quoted(name)} has unknown type {quoted(kind)}")
         want = n if bits is None else stored_bytes(shape, bits)
+        if n and not self.weights.exists():
+            raise JoulesmithError(
+                f"file {self.weights.name} is missing: {self.path}: an IR is an .xml and its .bin"
+            )
         if want is None or n != want or offset + n > self.room:
             raise self.bad(f"constant {quoted(name)}: its {kind} shape does not fit its place")
         self.graph.constants[number] = StoredTensor(

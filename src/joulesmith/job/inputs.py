@@ -89,3 +89,12 @@ def gather(
             words=json.dumps([found.calibration_text, found.evaluation_text]),
         )
     return found
+
+
+def digest_of(calib: str | None) -> dict[str, str]:
+    """What tells a calibration text from another of the same name; nothing for those of a hub."""
+    from joulesmith import text
+
+    if calib is None or calib.startswith("hf:"):
+        return {}
+    return {"sha256": text.read(calib).sha256}

@@ -29,12 +29,13 @@ from joulesmith.engines import get_engine
 from joulesmith.errors import JoulesmithError
 from joulesmith.export import forms
 from joulesmith.job import apply, recipes
-from joulesmith.job.inputs import CALIBRATION, LENGTH, Inputs, gather
+from joulesmith.job.inputs import CALIBRATION, LENGTH, Inputs, digest_of, gather
 from joulesmith.job.refine import EFFORTS
+from joulesmith.job.settings import check_texts
 from joulesmith.memory import return_large_blocks
 from joulesmith.progress import Progress, Tick
 from joulesmith.quality import Quality, Reference, judge, write_reference
-from joulesmith.workspace import Workspace
+from joulesmith.workspace import Workspace, file_identity
 
 if TYPE_CHECKING:
     from joulesmith.architectures import TensorRef
@@ -146,13 +147,11 @@ def quantize(
             )
         calib, seed, share = recipes.calibration_of(given, calib, seed)
     seed = 0 if seed is None else seed
-    kind = kind or recipes.DEFAULT.get(form, "INT4-G64")
+    kind = recipes.DEFAULT.get(form, "INT4-G64") if kind is None else kind
     for name in (kind, embedding):
         if name is not None and name not in SCHEMES:
             grid(name)  # told before the model is loaded
-    for path in (calib, evaluation):
-        if path is not None and not path.startswith("hf:") and not Path(path).is_file():
-            raise JoulesmithError(f"no such text file: {path}")
+    check_texts(calib, evaluation)
     _check_out(out, form)
     return_large_blocks()
     show = progress or Progress({})
@@ -169,11 +168,11 @@ def quantize(
             steps, kind = given, "recipe"
         fitted = recipes.fit(steps, loaded, form)
     windows = [round(CALIBRATION * share), LENGTH]
-    told = {"calib": calib, "seed": seed, "windows": windows}
+    told = {"calib": calib, "seed": seed, "windows": windows} | digest_of(calib)
     steps = replace(steps, model=loaded.name, calibration=told)
     arguments: dict[str, Any] = {
-        "model": model, "recipe": steps.to_plain(), "calib": calib, "eval": evaluation,
-        "seed": seed,
+        "model": model, "recipe": steps.to_plain(), "eval": file_identity(evaluation),
+        "calib": file_identity(calib), "seed": seed, "model_file": file_identity(model),
     }  # fmt: skip
     whole = out.resolve()  # "." has no name
     beside = whole.with_name(whole.name + ".work")
@@ -241,7 +240,8 @@ def _run(
             show.expected.setdefault("cache", _CACHE)
             with show.stage("cache") as tick, packed_cache(model.module, done.cache):
                 cached = Cache(bits, judged(tick), str(done.cache))
-    inside = [r for r in model.matrices() if r.layer is not None and r.name in done.packed]
+    blocks = [r for r in model.matrices() if r.layer is not None]
+    inside = [r for r in blocks if r.name in done.packed]
     staged = workspace.work / ("staged.gguf" if form == forms.GGUF else "staged")
     shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed here
     with show.stage("write"):
@@ -255,7 +255,8 @@ def _run(
         engine, engine_quality = _in_llama(staged, adapter, reference, show)
     told, adapter = _publish(recipe, staged, adapter, out, form)
     types = {n: k for n, (k, _) in done.packed.items()}
-    counted = [(r.shape[0] * r.shape[1], types[r.name]) for r in inside]
+    stored = [(r.shape[0] * r.shape[1], types.get(r.name, forms.UNTOUCHED)) for r in blocks]
+    counted = stored if not inside else [(r.shape[0] * r.shape[1], types[r.name]) for r in inside]
     static = any(not q.scheme.dynamic for q in done.inputs.values())
     by_token = tuple(r.name for r in inside if static and done.inputs[module_of(r)].scheme.dynamic)
     scheme = fitted.scheme
@@ -264,7 +265,7 @@ def _run(
         type="",
         bytes=size,
         bits_per_weight=sum(n * forms.bits_per_weight(form, k) for n, k in counted)
-        / max(1, sum(n for n, _ in counted)),
+        / sum(n for n, _ in counted),
         quality=quality,
         damage=done.damage,
         origin=model.origin,

@@ -23,7 +23,7 @@ from joulesmith.compress.quantize.step import Quantize
 from joulesmith.compress.recipe import Recipe
 from joulesmith.errors import JoulesmithError
 from joulesmith.export import forms
-from joulesmith.job.inputs import CALIBRATION, LENGTH
+from joulesmith.job.inputs import CALIBRATION, LENGTH, digest_of
 from joulesmith.job.refine import EFFORTS
 from joulesmith.models import EMBEDDING
 
@@ -37,6 +37,7 @@ DEFAULT = {forms.GGUF: "Q4_K"}
 ENDS = "Q6_K"
 """Least type of embedding and head in a GGUF, as llama.cpp's own quantizer has it for heads."""
 
+_CALIBRATION = ("calib", "sha256", "text", "seed", "windows")
 _CHANGING = (Rotate, Awq, Smooth, LowRank)
 
 
@@ -121,7 +122,9 @@ def fit(recipe: Recipe, model: Model, form: str) -> Fitted:
     from joulesmith.compress.quantize.kv_layers import PackedCache
 
     found = Fitted()
-    untied = False
+    untied = caches = False
+    if not recipe.steps:
+        raise JoulesmithError("the recipe has no steps: give it one, such as quantize")
     for i, step in enumerate(recipe.steps):
         if isinstance(step, _CHANGING) and found.types:
             raise JoulesmithError(
@@ -130,14 +133,23 @@ def fit(recipe: Recipe, model: Model, form: str) -> Fitted:
             )
         if isinstance(step, Rotate) and step.what != "values":
             untied = True
+        elif isinstance(step, Awq):
+            step.grid()
         elif isinstance(step, LowRank) and step.kept is not False:
             raise JoulesmithError(
                 f"step {i + 1} of the recipe (lowrank) keeps factors, which {form} cannot hold: "
                 "set  kept: false  to merge them"
             )
+        elif isinstance(step, LowRank):
+            step.shapes(model)
         elif isinstance(step, RoundInputs):
             _schemed(found, step.scheme, i)
         elif isinstance(step, QuantizeCache):
+            if caches:
+                raise JoulesmithError(
+                    f"step {i + 1} of the recipe quantizes the cache a second time: keep one"
+                )
+            caches = True
             settings = {k: getattr(step, k) for k in QuantizeCache.model_fields}
             PackedCache(model.module.config, KVScheme(**settings))  # do heads fit it?
         elif isinstance(step, Absorb):
@@ -227,6 +239,11 @@ def calibration_of(
     """The text and seed of a recipe, where the command does not say otherwise, and the share of
     the usual number of windows that it was made with."""
     told = given.calibration
+    if foreign := [str(k) for k in told if k not in _CALIBRATION]:
+        raise JoulesmithError(
+            f"the recipe's calibration has an unknown key {foreign[0][:40]!r}: known are "
+            f"{', '.join(_CALIBRATION)}"
+        )
     theirs, number = told.get("calib"), told.get("seed", 0)
     if theirs is not None and not isinstance(theirs, str):
         raise JoulesmithError("the recipe's calibration: calib is no path")
@@ -238,6 +255,11 @@ def calibration_of(
                 f"no such text file: {theirs}, on which the recipe calibrates: give --calib"
             )
         calib = theirs
+        if "sha256" in told and digest_of(calib).get("sha256") != told["sha256"]:
+            raise JoulesmithError(
+                f"{calib} is not the text that the recipe was made with: give --calib to use it, "
+                "or another, all the same"
+            )
     windows = told.get("windows", [CALIBRATION, LENGTH])
     count: Any = windows[0] if isinstance(windows, list) and windows else None
     whole = isinstance(count, int) and not isinstance(count, bool)

@@ -21,7 +21,7 @@ from joulesmith.errors import FloorNotMetError, JoulesmithError
 from joulesmith.export.mixtures import MARKS
 from joulesmith.job import marks
 from joulesmith.job.assemble import PLAN, TORCH, Found, assemble
-from joulesmith.job.inputs import Inputs, gather
+from joulesmith.job.inputs import Inputs, digest_of, gather
 from joulesmith.job.judge import FLOAT, Judge, score_file, write_choice
 from joulesmith.job.machine import PeakMemory
 from joulesmith.job.settings import Settings, check
@@ -152,7 +152,7 @@ class _Job:
             "text": found.inputs.calibration_text,
             "windows": list(found.inputs.calibration.shape),
             "seed": self.s.seed,
-        }
+        } | digest_of(self.s.calib)
         Recipe(steps, self.s.model, calibration).save(folder / "recipe.yaml")
         found.file.replace(folder / found.export_name)
 

@@ -11,7 +11,7 @@ from joulesmith._version import __version__
 from joulesmith.errors import JoulesmithError
 from joulesmith.export.mixtures import MARKS
 from joulesmith.quality import check_floor
-from joulesmith.workspace import fingerprint
+from joulesmith.workspace import file_identity, fingerprint
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Settings:
             "keep": self.keep,
             "engine": self.engine,
             "workload": list(self.workload),
-            "calib": _file_identity(self.calib),
-            "eval": _file_identity(self.eval),
+            "calib": file_identity(self.calib),
+            "eval": file_identity(self.eval),
             "grid": self.grid,
             "time_budget": self.time_budget,
             "seed": self.seed,
@@ -57,9 +57,8 @@ class Settings:
             "torch_pairs": self.torch_pairs,
             "engine_lib": self.engine_lib,
         }
-        path = Path(self.model).expanduser()
-        if path.exists():
-            plain["model_file"] = _file_identity(str(path))
+        if Path(self.model).expanduser().exists():
+            plain["model_file"] = file_identity(self.model)
         return plain
 
     def folder(self) -> Path:
@@ -109,18 +108,15 @@ def check(s: Settings) -> None:
     from joulesmith.energy import grid
 
     grid(s.grid)
-    for path in (s.calib, s.eval):
+    check_texts(s.calib, s.eval)
+
+
+def check_texts(calib: str | None, evaluation: str | None) -> None:
+    """Raises `JoulesmithError` where a text file is missing."""
+    for option, path in (("--calib", calib), ("--eval", evaluation)):
         if path is not None and not path.startswith("hf:") and not Path(path).is_file():
-            raise JoulesmithError(f"no such text file: {path}")
+            raise JoulesmithError(f"no such text file: {option} {path}: give a file that is there")
 
 
 def _plain(keep: float | str) -> str:
     return keep if isinstance(keep, str) else f"{keep:g}"
-
-
-def _file_identity(path: str | None) -> list[Any] | None:
-    if path is None or not Path(path).expanduser().exists():
-        return None if path is None else [path]
-    where = Path(path).expanduser().resolve()
-    stat = where.stat()
-    return [str(where), stat.st_size, stat.st_mtime_ns]

@@ -147,8 +147,11 @@ def render_quantized(found: Quantized, console: Console, worst: int = 5) -> None
     ]
     if found.inputs is not None:
         smooth = f"; {found.smoothing} sets of inputs smoothed" if found.smoothing else ""
-        lines.append(f"inputs: {found.inputs}{smooth}")
-    lines += found.notes
+        told = f"inputs: {found.inputs}"
+        lines.append(f"{told}{smooth}")
+        lines += [n for n in found.notes if n != told]
+    else:
+        lines += found.notes
     if found.engine_quality is not None:
         lines.append(f"in {found.engine}: {kept(found.engine_quality)}")
         lines.append(f"in torch, inputs as they are: {kept(q)}")
@@ -165,7 +168,8 @@ def render_quantized(found: Quantized, console: Console, worst: int = 5) -> None
     most = sorted(found.damage, key=lambda n: -found.damage[n])[:worst]
     lines += [f"  {found.damage[n]:.5f}  {n}" for n in most]
     if found.adapter is not None:
-        lines.append(f"with the adapter {found.adapter}, for PEFT, or llama.cpp's --lora")
+        reader = "llama.cpp's --lora" if found.format == "gguf" else "PEFT"
+        lines.append(f"with the adapter {found.adapter}, for {reader}")
     lines.append(f"the same again: --recipe {found.recipe}")
     for line in lines:
         console.print(Text(line))

@@ -55,6 +55,16 @@ class LowRank(Step):
             raise ValueError("give parameters, energy or ranks")
         return self
 
+    def shapes(self, model: Model) -> dict[str, tuple[int, int]]:
+        """Layers that may be factored. Raises `JoulesmithError` where one is named that is none."""
+        from joulesmith.compress.lowrank.walk import factorable
+
+        shapes = factorable(model)
+        names = set(self.ranks) | (set() if isinstance(self.kept, bool) else set(self.kept))
+        if unknown := sorted(names - set(shapes)):
+            raise JoulesmithError(f"the model has no linear layer {unknown[0]!r} to factor")
+        return shapes
+
     def apply(
         self, model: Model, calibration: NDArray[np.int32], progress: Tick = silent
     ) -> StepRecord:
@@ -74,12 +84,9 @@ class LowRank(Step):
         model is then as it was.
         """
         from joulesmith.compress.lowrank.ranks import choose_ranks, total
-        from joulesmith.compress.lowrank.walk import factorable, replace, survey
+        from joulesmith.compress.lowrank.walk import replace, survey
 
-        shapes = factorable(model)
-        names = set(self.ranks) | (set() if isinstance(self.kept, bool) else set(self.kept))
-        if unknown := sorted(names - set(shapes)):
-            raise JoulesmithError(f"the model has no linear layer {unknown[0]!r} to factor")
+        shapes = self.shapes(model)
         whole = sum(r * c for r, c in shapes.values())
         with tempfile.TemporaryDirectory(prefix="lowrank-") as folder:
             found = survey(

@@ -15,6 +15,7 @@ from joulesmith.moments import Moments
 from joulesmith.progress import Tick, silent
 
 if TYPE_CHECKING:
+    from joulesmith.compress.quantize.grids import Grid
     from joulesmith.models import Model
 
 
@@ -57,6 +58,15 @@ class Awq(Step):
     type: str
     seed: int = 0
 
+    def grid(self) -> Grid:
+        """The type's. Raises `JoulesmithError` for one that is not known or has no scales."""
+        from joulesmith.compress.quantize.grids import Grid, grid
+
+        found = grid(self.type)
+        if not isinstance(found, Grid):
+            raise JoulesmithError(f"awq: {self.type} has no scales to protect weights by")
+        return found
+
     def apply(
         self, model: Model, calibration: NDArray[np.int32], progress: Tick = silent
     ) -> StepRecord:
@@ -65,12 +75,9 @@ class Awq(Step):
 
         from joulesmith.compress.quantize.awq import protect
         from joulesmith.compress.quantize.fold import scale_channels
-        from joulesmith.compress.quantize.grids import Grid, grid
         from joulesmith.compress.quantize.sites import folds_of
 
-        g = grid(self.type)
-        if not isinstance(g, Grid):
-            raise JoulesmithError(f"awq: {self.type} has no scales to protect weights by")
+        g = self.grid()
         moved, before, after = 0, 0.0, 0.0
 
         def visit(index: int, moments: Mapping[str, Moments]) -> None:
