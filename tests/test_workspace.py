@@ -98,7 +98,10 @@ def test_a_damaged_stage_is_computed_again(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(JoulesmithError, match="cannot write"), Workspace(tmp_path / "file" / "x", {}):
+    with (
+        pytest.raises(JoulesmithError, match="cannot write"),
+        Workspace(tmp_path / "file" / "x", {}),
+    ):
         pass
 
 
