@@ -123,6 +123,10 @@ def _first(e: ValidationError) -> str:
     """The first thing wrong, with the setting that it is about."""
     found = e.errors()[0]
     name = ".".join(str(part)[:40] for part in found["loc"])
+    if found["type"] == "extra_forbidden":
+        return f"it has no setting {name!r}"
+    if found["type"] == "missing":
+        return f"{name} is missing"
     words = found["msg"].removeprefix("Value error, ")
     return f"{name}: {words}" if name else words
 
