@@ -5,7 +5,7 @@
 SmolLM2-135M (dequantized from Q4_1), its block matrices rounded to the nearest value of each
 type, steps from each group's range (speed and memory do not depend on it). Speed and modelled
 joules come from interleaved rounds in one process, ratios from pairs within rounds. Memory
-comes from a process for each row, forked before any model was loaded: resident bytes after
+comes from a process of its own for each row, before any model was loaded: resident bytes after
 loading and one request, minus those before; the peak is its high-water mark minus the same.
 KL is that of the row's logits against float32 logits of the same rounded weights: what the
 arithmetic loses.
@@ -158,7 +158,7 @@ def warm() -> None:
 
 
 def memory_of(name: str, work: Path, pipe: Any) -> None:
-    """Memory of one row, in a process forked before any model was loaded."""
+    """Memory of one row, in a process that has loaded no other model."""
     return_large_blocks()
     warm()
     release_memory()
@@ -177,9 +177,12 @@ def memory_of(name: str, work: Path, pipe: Any) -> None:
     )
 
 
-def forked(function: Callable[..., None], *arguments: Any) -> Any:
-    """What a function sends, run in a fork: this process keeps clear of models and threads."""
-    context = multiprocessing.get_context("fork")
+def apart(function: Callable[..., None], *arguments: Any) -> Any:
+    """What a function sends, run in a process of its own: this one keeps clear of models.
+
+    A new interpreter, no fork: torch's threads do not live on in one, and it waits for them.
+    """
+    context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=function, args=(*arguments, there))
     process.start()
@@ -244,10 +247,10 @@ def main() -> None:
         kinds = [kind for v in chosen for kind in (v.kind, v.embedding) if kind]
         import transformers  # noqa: F401 - its own memory is no row's
 
-        forked(prepare, work, list(dict.fromkeys(kinds)))
+        apart(prepare, work, list(dict.fromkeys(kinds)))
         memory = {}
         for name in names:
-            memory[name] = forked(memory_of, name, work)
+            memory[name] = apart(memory_of, name, work)
             print(name, memory[name], file=sys.stderr)
         modules = {name: make(VARIANTS[name], work) for name in names}
         kl = losses(modules, work)
@@ -307,7 +310,7 @@ def render(
 SmolLM2-135M, dequantized from Q4_1; {args.prefill} tokens of prefill, {args.decode} of decode.
 Speed: {BASE} seconds / row's seconds, median (smallest-largest) of {args.rounds} interleaved
 rounds; above 1 is faster. Joules: {pedigree}, mJ a token, in brackets {BASE} / row. MiB: of
-weights; held after loading and one request in a fresh fork; peak of that process. KL, nats:
+weights; held after loading and one request in a fresh process; peak of that process. KL, nats:
 against float32 logits of the same rounded weights. Embedding and head are not packed except
 where told. "Kernel": torch's four-bit one; "tiles": the slow path of docs/packed.md.
 
