@@ -236,7 +236,6 @@ class _Sweep:
 
     def backward(self, visit: Visit, outputs: bool) -> None:
         """Last block first; its gradient at the input replaces its input."""
-
         for i in reversed(range(len(self.layers))):
             known = {} if self.grade_all else self.store.get_sums(i)
             sums = {

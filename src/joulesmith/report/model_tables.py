@@ -147,11 +147,8 @@ def render_quantized(found: Quantized, console: Console, worst: int = 5) -> None
     ]
     if found.inputs is not None:
         smooth = f"; {found.smoothing} sets of inputs smoothed" if found.smoothing else ""
-        told = f"inputs: {found.inputs}"
-        lines.append(f"{told}{smooth}")
-        lines += [n for n in found.notes if n != told]
-    else:
-        lines += found.notes
+        lines.append(f"inputs: {found.inputs}{smooth}")
+    lines += [n for n in found.notes if n not in lines]
     if found.engine_quality is not None:
         lines.append(f"in {found.engine}: {kept(found.engine_quality)}")
         lines.append(f"in torch, inputs as they are: {kept(q)}")
