@@ -35,6 +35,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(JoulesmithError, match="not empty"), Workspace(tmp_path, {}):
         pass
     assert (tmp_path / "thesis.tex").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"], "left something there"
 
 
 def test_two_processes_do_not_share(tmp_path: Path) -> None:
@@ -68,6 +69,19 @@ def test_an_error_after_some_work_keeps_it(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     with Workspace(tmp_path / "run", {"a": 1}) as w:
         assert w.get("x") == 1
+
+
+def test_an_error_told_by_a_finished_run_keeps_it(tmp_path: Path) -> None:
+    """A run that ends with "no plan keeps the quality" raises after its work is cleaned away."""
+    for _ in range(2):  # the second time the result is only read
+        with pytest.raises(JoulesmithError, match="told"), Workspace(tmp_path / "run", {}) as space:
+            space.write_json(space.folder / "result.json", {})
+            space.clean()
+            raise JoulesmithError("told")
+        with pytest.raises(JoulesmithError, match="told"), Workspace(tmp_path / "run", {}):
+            raise JoulesmithError("told")  # work is there again, and empty
+        assert (tmp_path / "run" / "run.json").exists()
+        assert (tmp_path / "run" / "result.json").exists()
 
 
 def test_a_refused_claim_takes_nothing_away(tmp_path: Path) -> None:

@@ -65,10 +65,10 @@ class Workspace:
     def __enter__(self) -> Workspace:
         try:
             self._made = not self.folder.exists()
+            self._refuse_foreign()
             self.work.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            self._claim()
-            self._claimed = True
+            self._claimed = self._claim()
         except OSError as e:
             self.__exit__()
             raise JoulesmithError(
@@ -80,7 +80,7 @@ class Workspace:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._claimed and exc and exc[0] is not None and not any(self.work.iterdir()):
+        if self._claimed and exc and exc[0] is not None:
             self._forget()
         if self._lock is not None:
             os.close(self._lock)
@@ -98,7 +98,8 @@ class Workspace:
             ) from e
 
     def _forget(self) -> None:
-        """Remove what claiming the folder wrote, and nothing else."""
+        """Remove what this claim wrote, where nothing else was written: `rmdir` fails on kept
+        work, and on a finished run, whose work is gone and whose result stands."""
         with contextlib.suppress(OSError):
             self.work.rmdir()
             for name in ("run.json", ".lock"):
@@ -106,7 +107,17 @@ class Workspace:
             if self._made:
                 self.folder.rmdir()
 
-    def _claim(self) -> None:
+    def _refuse_foreign(self) -> None:
+        if not self.folder.exists() or (self.folder / "run.json").exists():
+            return
+        foreign = [p.name for p in self.folder.iterdir() if p.name not in ("work", ".lock")]
+        if foreign:
+            raise JoulesmithError(
+                f"{self.folder} is not empty ({foreign[0]}): choose a new folder for --out"
+            )
+
+    def _claim(self) -> bool:
+        """Whether the folder is newly ours, or (False) was already."""
         path = self.folder / "run.json"
         mine = json.loads(json.dumps(self.arguments, default=str))
         if path.exists():
@@ -124,13 +135,9 @@ class Workspace:
                     f"{self.folder} holds a run with other arguments ({', '.join(names)} differ): "
                     "choose another --out, or remove it"
                 )
-            return
-        foreign = [p.name for p in self.folder.iterdir() if p.name not in ("work", ".lock")]
-        if foreign:
-            raise JoulesmithError(
-                f"{self.folder} is not empty ({foreign[0]}): choose a new folder for --out"
-            )
+            return False
         self.write_json(path, mine)
+        return True
 
     @staticmethod
     def write_json(path: Path, value: Any) -> None:
