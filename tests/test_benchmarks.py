@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(
     ".".join(p.relative_to(ROOT).with_suffix("").parts)
-    for folder in ("benchmarks", "benchmarks/quantizers")
+    for folder in ("benchmarks", "benchmarks/quantizers", "benchmarks/pruners")
     for p in (ROOT / folder).glob("*.py")
     if p.stem not in ("__init__", "__main__")
 )

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,23 @@ from typing import Any
 import numpy as np
 from benchmarks.quantizers import settings
 from benchmarks.quantizers.subjects import Places, Subject, calibration, prepare
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    package: has ``peers`` and ``settings``. action: the timed function of a peer. lines: file
+    name of the runs. alone: peers that need no interpreter of their own. count: facts of a peer's
+    weights, from them, the original ones and the setting's name; raises `ValueError` where they
+    are not what was asked for.
+    """
+
+    package: str = "benchmarks.quantizers"
+    action: str = "quantize"
+    lines: str = "runs.jsonl"
+    alone: tuple[str, ...] = ("ours", "nearest")
+    count: Callable[[dict[str, Any], dict[str, Any], str], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,11 @@ class Planned:
     def label(self) -> str:
         """ "llm_compressor:gptq"."""
         return f"{self.peer}:{self.variant}"
+
+    def takes(self, name: str) -> bool:
+        """Whether it can do the setting of that name."""
+        s = settings.by_name(name)
+        return s.bits in self.bits and s.symmetric in self.symmetric
 
 
 PLAN = (
@@ -52,6 +74,9 @@ PLAN = (
     Planned("autoround", "200-amp"),
     Planned("autoround", "best", subjects=("stories260K", "shakespeare")),
 )
+
+
+SHOWN = {"bits_per_weight": "bits", "sparsity": "zeros"}
 
 
 @dataclass(frozen=True)
@@ -75,33 +100,19 @@ class Run:
 
 
 def order(
-    runner: Runner,
-    subject: str,
-    plan: list[Planned],
-    wanted: list[str] | None,
-    seeds: list[int],
-    windows: int,
+    subject: str, plan: Sequence[Any], names: Sequence[str], seeds: Sequence[int], windows: int
 ) -> Iterator[list[Run]]:
     """All runs of a subject, a list for each peer and seed: seed by seed, so that a series
     that was broken off is a whole table."""
-    folder = runner.subject(subject).folder
-    config = json.loads((folder / "config.json").read_text())
-    columns = {config["hidden_size"], config["intermediate_size"]}
-    names = settings.usual(columns) if wanted is None else wanted
     for seed in seeds:
         for p in plan:
             if subject not in p.subjects or (not p.seeded and seed != seeds[0]):
                 continue
-            fitting = [
-                n
-                for n in names
-                if (s := settings.by_name(n)).bits in p.bits and s.symmetric in p.symmetric
-            ]
-            yield [Run(subject, p.peer, p.variant, n, seed, windows) for n in fitting]
+            yield [Run(subject, p.peer, p.variant, n, seed, windows) for n in names if p.takes(n)]
 
 
 class Runner:
-    """Does runs that ``runs.jsonl`` lacks. pythons: peer -> interpreter."""
+    """Does runs that the comparison's file lacks. pythons: peer -> interpreter."""
 
     def __init__(
         self,
@@ -112,11 +123,13 @@ class Runner:
         timeout: float,
         note: str,
         retry: bool = False,
+        comparison: Comparison | None = None,
     ) -> None:
         self.work, self.places, self.pythons = work, places, pythons
         self.threads, self.timeout, self.note = threads, timeout, note
         self.retry = retry
-        self.lines = work / "runs.jsonl"
+        self.comparison = comparison or Comparison()
+        self.lines = work / self.comparison.lines
         self._subjects: dict[str, Subject] = {}
         self._judges: dict[str, Any] = {}
 
@@ -140,20 +153,22 @@ class Runner:
         keys = [asdict(r) | how for r in runs]
         lines = [x for x in read_lines(self.lines) if "error" not in x or not self.retry]
         keys = [k for k in keys if not any(k.items() <= line.items() for line in lines)]
-        if not keys or (keys[0]["peer"] not in ("ours", "nearest", *self.pythons)):
+        if not keys or (keys[0]["peer"] not in (*self.comparison.alone, *self.pythons)):
             return
         subject = self.subject(keys[0]["subject"])
         folder = subject.folder if layers is None else self._short(subject, layers)
         place = self.work / f"run-{os.getpid()}"
         shutil.rmtree(place, ignore_errors=True)
+        what = {"package": self.comparison.package, "action": self.comparison.action}
         tasks = []
         for i, key in enumerate(keys):
             seed, count = key["seed"], key["windows"]
             tokens = calibration(subject, self.places, seed, count, self.work)
-            (place / str(i)).mkdir(parents=True)
-            np.save(place / str(i) / "tokens.npy", tokens)
-            here = {"folder": str(folder.resolve()), "place": str((place / str(i)).resolve())}
-            tasks.append(key | here | {"tokens": str((place / str(i) / "tokens.npy").resolve())})
+            own = (place / str(i)).resolve()
+            own.mkdir(parents=True)
+            np.save(own / "tokens.npy", tokens)
+            here = {"folder": str(folder.resolve()), "place": str(own)}
+            tasks.append(key | what | here | {"tokens": str(own / "tokens.npy")})
         (place / "tasks.json").write_text(json.dumps(tasks))
         why = self._call(keys[0]["peer"], place)
         for i, key in enumerate(keys):
@@ -161,12 +176,14 @@ class Runner:
             result = place / str(i) / "result.json"
             line |= json.loads(result.read_text()) if result.exists() else {"error": why}
             if "error" not in line and layers is None:
-                line |= self._judge(subject, place / str(i) / "weights.safetensors")
+                weights = place / str(i) / "weights.safetensors"
+                line |= self._judge(subject, weights, key["setting"])
             with self.lines.open("a") as f:
                 f.write(json.dumps(line) + "\n")
             told = line.get("error") or (
-                f"KL {line.get('kl', float('nan')):.4f}, {line['bits_per_weight']:.3f} bits, "
-                f"{line['seconds']:.0f} s, check {line['forward_check']}"
+                f"KL {line.get('kl', float('nan')):.4f}, "
+                + "".join(f"{line[k]:.3f} {word}, " for k, word in SHOWN.items() if k in line)
+                + f"{line['seconds']:.0f} s, check {line['forward_check']}"
             )
             print(f"{Run(**{f.name: key[f.name] for f in fields(Run)}).label}: {told}", flush=True)
         shutil.rmtree(place, ignore_errors=True)
@@ -186,7 +203,7 @@ class Runner:
         last = [t for t in path.read_text().splitlines() if t.strip()]
         return f"exit {code}: {(last or ['no output'])[-1][:200]}"
 
-    def _judge(self, subject: Subject, weights: Path) -> dict[str, Any]:
+    def _judge(self, subject: Subject, weights: Path, setting: str) -> dict[str, Any]:
         from benchmarks.quantizers.peers.common import linears, load_llama
         from safetensors.torch import load_file
 
@@ -207,12 +224,18 @@ class Runner:
         missing = set(linears(model)) - {k.removesuffix(".weight") for k in state}
         if missing:
             return {"error": f"weights lack {sorted(missing)[0]}"}
+        facts: dict[str, Any] = {}
+        if self.comparison.count is not None:
+            try:
+                facts = self.comparison.count(state, original, setting)
+            except ValueError as e:
+                return {"error": str(e)}
         model.load_state_dict(original | state)
         try:
             q = judge(TorchSession(model).score(reference.windows, reference.path), reference)
         except (OverflowError, JoulesmithError) as e:
-            return {"error": f"no finite perplexity: {e}"}
-        return {
+            return facts | {"error": f"no finite perplexity: {e}"}
+        return facts | {
             "kl": q.kl,
             "perplexity": q.perplexity,
             "reference_perplexity": q.reference_perplexity,

@@ -1,6 +1,7 @@
 """The models of the comparison, each as a Hugging Face folder with its token windows.
 
-stories260K was trained in float32 and never quantized; "shakespeare" is trained here;
+stories260K was trained in float32 and never quantized; its MLP is filled up so that groups of
+weights fit, and "stories260K-172" is the same as it came. "shakespeare" is trained here;
 SmolLM2-135M is dequantized from Q4_1, the only form at hand.
 """
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LENGTH = 256
-SUBJECTS = ("stories260K", "shakespeare", "smollm2")
+SUBJECTS = ("stories260K", "stories260K-172", "shakespeare", "smollm2")
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,12 @@ def prepare(name: str, places: Places, work: Path) -> Subject:
     if not (folder / "done.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        origin = {"stories260K": _stories, "shakespeare": _shakespeare, "smollm2": _smollm2}[name](
-            places, folder
-        )
+        origin = {
+            "stories260K": _stories,
+            "stories260K-172": _stories_172,
+            "shakespeare": _shakespeare,
+            "smollm2": _smollm2,
+        }[name](places, folder)
         (folder / "done.json").write_text(json.dumps({"origin": origin}))
     origin = json.loads((folder / "done.json").read_text())["origin"]
     tokens, evaluated, calibrated = _evaluation(name, places, folder)
@@ -67,7 +71,7 @@ def calibration(
     from joulesmith import models, text
 
     model = models.load(subject.folder)
-    if subject.name == "stories260K":
+    if subject.name.startswith("stories260K"):
         tokens = text.self_samples(model, count, LENGTH, seed).tokens
     elif subject.name == "shakespeare":
         fitted, _ = _halves_of(places.shakespeare)
@@ -85,13 +89,14 @@ def _evaluation(name: str, places: Places, folder: Path) -> tuple[NDArray[np.int
 
     words = {
         "stories260K": ("its own samples, another seed", "its own samples"),
+        "stories260K-172": ("its own samples, another seed", "its own samples"),
         "shakespeare": ("the last tenth of tinyshakespeare", "the rest of tinyshakespeare"),
         "smollm2": ("WikiText-2 raw test", "WikiText-2 validation"),
     }[name]
     path = folder / "evaluation.npy"
     if not path.exists():
         model = models.load(folder)
-        if name == "stories260K":
+        if name.startswith("stories260K"):
             tokens = text.self_samples(model, 64, LENGTH, 1_000_003).tokens
         elif name == "shakespeare":
             _, held = _halves_of(places.shakespeare)
@@ -118,13 +123,22 @@ def _halves_of(path: Path) -> tuple[Any, Any]:
 
 
 def _stories(places: Places, folder: Path) -> str:
+    _stories_file(places, folder, 64)
+    return "stories260K (llama2.c), trained in float32; MLP filled up with zeros from 172 to 192"
+
+
+def _stories_172(places: Places, folder: Path) -> str:
+    _stories_file(places, folder, 1)
+    return "stories260K (llama2.c), trained in float32"
+
+
+def _stories_file(places: Places, folder: Path, multiple: int) -> None:
     from joulesmith import models
 
     model = models.load(places.stories / "stories260K.bin")
-    pad_mlp(model.module, 64)
+    pad_mlp(model.module, multiple)
     folder.rmdir()
     models.save(model, folder)
-    return "stories260K (llama2.c), trained in float32; MLP filled up with zeros from 172 to 192"
 
 
 def pad_mlp(module: Any, multiple: int) -> None:

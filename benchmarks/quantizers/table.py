@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,9 @@ def render(path: Path, command: str) -> str:
     subjects = list(dict.fromkeys(x["subject"] for x in good))
     for subject in subjects:
         out += _subject(subject, [x for x in good if x["subject"] == subject])
-    out += _costs([x for x in lines if "seconds" in x and x["fresh"]])
-    out += _recipes(good)
-    out += _failures(lines)
+    out += costs(lines, "quantizer")
+    out += recipes(good, "quantizer", [p.label for p in PLAN])
+    out += failures(lines, "quantizer", _setting_key)
     return "\n".join(out) + "\n"
 
 
@@ -65,23 +66,28 @@ def _subject(subject: str, lines: list[Line]) -> list[str]:
         clear = seeded and all(kls[best][2] < v[1] for k, v in kls.items() if k != best)
         for label in sorted(groups, key=lambda k: kls[k][0]):
             rows = groups[label]
-            kl = _range(kls[label])
+            kl = shown(kls[label])
             if label == best and len(groups) > 1:
                 kl = f"**{kl}**" + ("*" if clear else "")
-            cost = "— | —"
-            if alone := [x for x in rows if x["fresh"]]:
-                seconds = spread([x["seconds"] for x in alone])[0]
-                peak = spread([x["rss_peak"] / 1e6 for x in alone])[0]
-                above = [x for x in map(_above, alone) if x is not None]
-                told = f" ({spread(above)[0]:.0f})" if above else ""
-                cost = f"{seconds:.0f} | {peak:.0f}{told}"
             out.append(
                 f"| {setting} | {label} | {rows[0]['bits_per_weight']:.4g} | {kl} "
-                f"| {_range(spread([x['perplexity'] for x in rows]))} "
+                f"| {shown(spread([x['perplexity'] for x in rows]))} "
                 f"| {spread([x['top1'] for x in rows])[0]:.4f} | {len(rows)} "
-                f"| {cost} |"
+                f"| {cost(rows)} |"
             )
     return [*out, ""]
+
+
+def cost(rows: list[Line]) -> str:
+    """Two cells, seconds and peak, of the runs that had a process of their own."""
+    alone = [x for x in rows if x["fresh"]]
+    if not alone:
+        return "— | —"
+    seconds = spread([x["seconds"] for x in alone])[0]
+    peak = spread([x["rss_peak"] / 1e6 for x in alone])[0]
+    above = [x for x in map(_above, alone) if x is not None]
+    told = f" ({spread(above)[0]:.0f})" if above else ""
+    return f"{seconds:.0f} | {peak:.0f}{told}"
 
 
 def _above(x: Line) -> float | None:
@@ -91,8 +97,9 @@ def _above(x: Line) -> float | None:
     return float((x["rss_peak"] - x["rss_imported"] - x["weight_bytes"]) / 1e6)
 
 
-def _costs(lines: list[Line]) -> list[str]:
+def costs(lines: list[Line], noun: str) -> list[str]:
     """How time and memory grow with layers, where two sizes were run."""
+    lines = [x for x in lines if "seconds" in x and x["fresh"]]
     groups: dict[tuple[str, str, str, int], dict[Any, list[Line]]] = defaultdict(
         lambda: defaultdict(list)
     )
@@ -108,20 +115,20 @@ def _costs(lines: list[Line]) -> list[str]:
             above = [x for x in map(_above, runs) if x is not None]
             rows.append(
                 f"| {subject} | {setting} | {label} | {layers or 'all'} | {threads} "
-                f"| {_range(spread([x['seconds'] for x in runs]), 1)} "
-                f"| {_range(spread([x['cpu_seconds'] for x in runs]), 1)} "
-                f"| {_range(spread([x['rss_peak'] / 1e6 for x in runs]), 0)} "
-                f"| {_range(spread(above), 0) if above else '—'} | {notes} |"
+                f"| {shown(spread([x['seconds'] for x in runs]), 1)} "
+                f"| {shown(spread([x['cpu_seconds'] for x in runs]), 1)} "
+                f"| {shown(spread([x['rss_peak'] / 1e6 for x in runs]), 0)} "
+                f"| {shown(spread(above), 0) if above else '—'} | {notes} |"
             )
     if not rows:
         return []
     return [
         "## Time and memory by number of layers",
         "",
-        "Quantizing alone: importing, loading and judging are not counted. Peak of the process, "
+        "The work alone: importing, loading and judging are not counted. Peak of the process, "
         "and what of it is above what imports and the float32 weights take.",
         "",
-        "| subject | setting | quantizer | layers | threads | s | CPU s | peak MB "
+        f"| subject | setting | {noun} | layers | threads | s | CPU s | peak MB "
         "| MB above weights | note |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *rows,
@@ -129,11 +136,11 @@ def _costs(lines: list[Line]) -> list[str]:
     ]
 
 
-def _recipes(lines: list[Line]) -> list[str]:
+def recipes(lines: list[Line], noun: str, known: Sequence[str]) -> list[str]:
+    """What each was called with, and whether its own forward pass says the same."""
     found: dict[str, Line] = {}
     for x in lines:
         found.setdefault(f"{x['peer']}:{x['variant']}", x)
-    known = [p.label for p in PLAN]
     order = sorted(found, key=lambda k: known.index(k) if k in known else len(known))
     checks = defaultdict(list)
     for x in lines:
@@ -142,10 +149,10 @@ def _recipes(lines: list[Line]) -> list[str]:
     out = [
         "## Settings",
         "",
-        "Check: the largest difference of a logit between the quantizer's own forward pass and "
+        f"Check: the largest difference of a logit between the {noun}'s own forward pass and "
         "the float32 model holding the weights that were judged.",
         "",
-        "| quantizer | settings | versions | check |",
+        f"| {noun} | settings | versions | check |",
         "|---|---|---|---|",
     ]
     for label in order:
@@ -158,7 +165,8 @@ def _recipes(lines: list[Line]) -> list[str]:
     return [*out, ""]
 
 
-def _failures(lines: list[Line]) -> list[str]:
+def failures(lines: list[Line], noun: str, key: Callable[[str], Any]) -> list[str]:
+    """What did not run and why. key: the order of settings' names."""
     failed: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     identity = (
         "subject",
@@ -180,11 +188,11 @@ def _failures(lines: list[Line]) -> list[str]:
     out = [
         "## What did not run",
         "",
-        "| subject | quantizer | settings | why |",
+        f"| subject | {noun} | settings | why |",
         "|---|---|---|---|",
     ]
     for (subject, label, why), where in failed.items():
-        names = ", ".join(sorted(set(where), key=_setting_key))
+        names = ", ".join(sorted(set(where), key=key))
         out.append(f"| {subject} | {label} | {names} | {why.replace('|', '/')} |")
     return [*out, ""]
 
@@ -194,7 +202,8 @@ def _setting_key(name: str) -> tuple[int, int, bool]:
     return -s.bits, -s.group, not s.symmetric
 
 
-def _range(found: tuple[float, float, float], digits: int | None = None) -> str:
+def shown(found: tuple[float, float, float], digits: int | None = None) -> str:
+    """ "median (least–most)", or the median where they are the same."""
     middle, least, most = found
 
     def show(v: float) -> str:

@@ -1,8 +1,8 @@
-"""One quantizing run in an interpreter of its own: ``python -m benchmarks.quantizers.worker``.
+"""One run of a peer in an interpreter of its own: ``python -m benchmarks.quantizers.worker``.
 
-Reads tasks (JSON), calls a peer, writes the dequantized float32 weights and what it cost.
+Reads tasks (JSON), calls a peer, writes its weights in float32 and what they cost.
 Imports nothing of joulesmith, so that it runs beside any peer's dependencies. The clock and
-the peak of memory cover quantizing only, not importing or loading.
+the peak of memory cover the peer's work only, not importing or loading.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def main() -> None:
 def _one(task: dict[str, Any], place: Path) -> dict[str, Any]:
     import numpy as np
     import torch
-    from benchmarks.quantizers.settings import by_name
     from safetensors.torch import save_file
 
     torch.set_num_threads(int(task["threads"]))
     windows = np.load(task["tokens"], allow_pickle=False)[: task["windows"]]
-    peer = importlib.import_module(f"benchmarks.quantizers.peers.{task['peer']}")
+    peer = importlib.import_module(f"{task['package']}.peers.{task['peer']}")
+    by_name = importlib.import_module(f"{task['package']}.settings").by_name
     setting = by_name(task["setting"])
     torch.manual_seed(task["seed"])
     importlib.import_module("transformers.models.llama.modeling_llama")
@@ -61,15 +61,16 @@ def _one(task: dict[str, Any], place: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
     begun, cpu = time.monotonic(), time.process_time()
-    quantized = peer.quantize(model, windows, setting, task["variant"], task["seed"])
+    act = getattr(peer, task["action"])
+    changed = act(model, windows, setting, task["variant"], task["seed"])
     seconds, cpu_seconds = time.monotonic() - begun, time.process_time() - cpu
     peak = status_bytes("VmHWM")
-    state, bits, words = peer.weights(quantized, setting, task["variant"])
+    state, *bits, words = peer.weights(changed, setting, task["variant"])
     forward = getattr(peer, "forward", None)
     check = None
     if forward is not None:
         ids = torch.from_numpy(windows[:1].astype(np.int64))
-        check = _difference(forward(quantized, ids), state, Path(task["folder"]), ids)
+        check = _difference(forward(changed, ids), state, Path(task["folder"]), ids)
     kept = {k: v.detach().to(torch.float32).contiguous().clone() for k, v in state.items()}
     save_file(kept, place / "weights.safetensors")
     return {
@@ -78,7 +79,7 @@ def _one(task: dict[str, Any], place: Path) -> dict[str, Any]:
         "rss_imported": imported,
         "weight_bytes": _size(Path(task["folder"])),
         "rss_peak": peak,
-        "bits_per_weight": bits,
+        **({"bits_per_weight": bits[0]} if bits else {}),
         "words": words,
         "versions": peer.versions(),
         "forward_check": check,

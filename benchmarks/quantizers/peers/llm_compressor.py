@@ -36,8 +36,6 @@ def quantize(model: Any, windows: Any, setting: Setting, variant: str, seed: int
     """`oneshot` over the windows, layer by layer."""
     import torch
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from datasets import Dataset
-    from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
 
     algorithm, order, damping, observer = VARIANTS[variant]
@@ -72,6 +70,15 @@ def quantize(model: Any, windows: Any, setting: Setting, variant: str, seed: int
         from llmcompressor.modifiers.quantization import QuantizationModifier
 
         recipe.append(QuantizationModifier(config_groups=groups, ignore=["lm_head"]))
+    return one_shot(model, windows, recipe, seed)
+
+
+def one_shot(model: Any, windows: Any, recipe: list[Any], seed: int) -> Any:
+    """The recipe on the windows, in place."""
+    import torch
+    from datasets import Dataset
+    from llmcompressor import oneshot
+
     torch.manual_seed(seed)
     rows = [{"input_ids": w.tolist(), "attention_mask": [1] * len(w)} for w in windows]
     oneshot(

@@ -1,0 +1,1 @@
+"""Weight pruners side by side; see ``__main__``."""

@@ -1,0 +1,1 @@
+"""One module a pruner: `load`, `prune` (timed), `weights`, `forward`, `versions`."""

@@ -1,0 +1,40 @@
+"""joulesmith's own pruning, by method. Needs joulesmith on the path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.pruners.settings import Setting
+from benchmarks.quantizers.peers.ours import load, versions
+
+__all__ = ["VARIANTS", "load", "prune", "versions", "warm_imports", "weights"]
+
+VARIANTS: dict[str, dict[str, str]] = {
+    "default": {},
+    "fast": {"method": "sparsegpt"},
+    "wanda": {"method": "wanda"},
+    "magnitude": {"method": "magnitude"},
+    "global": {"allocation": "global"},
+    "sensitivity": {"allocation": "sensitivity"},
+}
+
+
+def warm_imports() -> None:
+    """Imported before the clock starts."""
+    import joulesmith.compress.prune.step  # noqa: F401
+
+
+def prune(model: Any, windows: Any, setting: Setting, variant: str, seed: int) -> Any:
+    """The step `Prune` on the windows, in place."""
+    from joulesmith.compress.prune.step import Prune
+
+    pattern = setting.name if setting.group else "unstructured"
+    step = Prune(sparsity=setting.sparsity, pattern=pattern, seed=seed, **VARIANTS[variant])
+    step.apply(model, windows)
+    return model
+
+
+def weights(pruned: Any, setting: Setting, variant: str) -> tuple[dict[str, Any], str]:
+    """Of the module."""
+    words = ", ".join(f"{k} {v}" for k, v in VARIANTS[variant].items())
+    return pruned.module.state_dict(), words or "its defaults"
