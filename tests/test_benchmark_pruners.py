@@ -20,7 +20,7 @@ from benchmarks.pruners.plan import PLAN, count
 def test_names_of_settings_are_read_back() -> None:
     for name in settings.NAMES:
         assert settings.by_name(name).name == name
-    assert settings.by_name("1:4") == settings.Setting(0.25, 4)
+    assert settings.by_name("1:4") == settings.Setting(0.75, 4)
     assert sorted(["4:8", "70%", "2:4", "50%"], key=settings.key) == ["50%", "70%", "2:4", "4:8"]
     for wrong in ("50", "4:4", "0:0"):
         with pytest.raises(ValueError):

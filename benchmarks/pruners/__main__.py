@@ -4,7 +4,8 @@
         --python llm_compressor=venv1/bin/python --python model_optimizer=venv2/bin/python ...
 
 As `benchmarks.quantizers` in everything but what is asked: zeros in the linear layers of the
-decoder blocks, 50 % to 70 % of them wherever a pruner likes, or N in every M weights of a row.
+decoder blocks, 50 % to 70 % of them wherever a pruner likes, or N:M, all but N of every M
+weights of a row.
 Zeros are counted in the weights that a peer hands over, and whatever else it changed is an error.
 Runs are lines of ``DIR/runs-pruners.jsonl``. Time and memory: ``--fresh``, and ``--layers 15``
 besides, for how they grow.

@@ -1,4 +1,4 @@
-"""What is asked of every pruner: a share of zeros, or N zeros in every M weights of a row."""
+"""What is asked of every pruner: a share of zeros, or N left of every M weights of a row."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ class Setting:
 
     @property
     def zeros(self) -> int:
-        """N: zeros in every group, 0 without groups."""
+        """M - N: zeros in every group, 0 without groups."""
         return round(self.sparsity * self.group)
 
     @property
     def name(self) -> str:
-        """ "50%" or "2:4", where two of four are zero (and two are left)."""
-        return f"{self.zeros}:{self.group}" if self.group else f"{100 * self.sparsity:.0f}%"
+        """ "50%" or "2:4", where two of four are left."""
+        if self.group:
+            return f"{self.group - self.zeros}:{self.group}"
+        return f"{100 * self.sparsity:.0f}%"
 
 
 def by_name(name: str) -> Setting:
@@ -31,7 +33,7 @@ def by_name(name: str) -> Setting:
     if match := re.fullmatch(r"(\d+)%", name):
         return Setting(int(match[1]) / 100)
     if (match := re.fullmatch(r"(\d+):(\d+)", name)) and 0 < int(match[1]) < int(match[2]):
-        return Setting(int(match[1]) / int(match[2]), int(match[2]))
+        return Setting(1 - int(match[1]) / int(match[2]), int(match[2]))
     raise ValueError(f"no such setting: {name}: write 50% or 2:4")
 
 

@@ -45,7 +45,7 @@ def prune(model: Any, windows: Any, setting: Setting, variant: str, seed: int) -
     given: dict[str, Any] = {"block_size": 128, "dampening_frac": 0.01} if gpt else {}
     recipe = (Mended if owl else base)(
         sparsity=setting.sparsity,
-        mask_structure=f"{setting.zeros}:{setting.group}",
+        mask_structure=f"{setting.zeros}:{setting.group}",  # its N is of those that go
         # By block, not "Linear": OWL has one share for each block, and with "Linear" the
         # modifier sees a name that ``ignore`` does not match.
         targets=[r"re:model.layers.\d+$"],

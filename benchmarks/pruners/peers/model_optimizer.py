@@ -28,9 +28,7 @@ def prune(model: Any, windows: Any, setting: Setting, variant: str, seed: int) -
             for start in range(0, len(windows), 8):
                 m(input_ids=torch.from_numpy(windows[start : start + 8]).long())
 
-    config: dict[str, Any] = {"pattern": f"{setting.zeros}:{setting.group} sparsity"}
-    if not setting.group:
-        config["pattern"] = f"{setting.sparsity:g} sparsity"
+    config: dict[str, Any] = {"pattern": f"{setting.name} sparsity"}
     if variant == "sparsegpt":
         config["forward_loop"] = loop
     try:
