@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from joulesmith.errors import JoulesmithError
-from joulesmith.formats import llama2c_file, onnx_file, openvino_file, safetensors_file
+from joulesmith.formats import (
+    llama2c_file,
+    onnx_file,
+    openvino_file,
+    safetensors_file,
+    sparse_layout,
+)
 from joulesmith.formats.files import StoredTensor, read_bounded_json, regular_size
 from joulesmith.formats.packed import Logical, logical, place
 
@@ -173,6 +179,12 @@ def _folder(p: Path) -> Inspection:
 def _safetensors(
     p: Path, kind: str, tensors: list[StoredTensor], config: dict[str, Any], length: int
 ) -> Inspection:
+    if (ours := sparse_layout.sparse_config(config)) is not None:
+        inner = ours.get("config")
+        parts = sparse_layout.logical(tensors, ours)
+        return _filled(
+            p, f"{kind}, sparse", parts, inner if isinstance(inner, dict) else {}, length
+        )
     quantization = config.get("quantization_config")
     parts = logical(tensors, quantization if isinstance(quantization, dict) else None)
     found = _filled(p, kind, parts, config, length)

@@ -179,7 +179,8 @@ def refuse_unexpected(extra: list[str], where: object) -> None:
 def finish(module: Any, dtype: torch.dtype) -> Any:
     """A filled skeleton made ready: head tied, buffers made, eval mode."""
     config = module.config
-    if config.tie_word_embeddings:
+    # packed modules share their store, and have no weight
+    if config.tie_word_embeddings and hasattr(module.model.embed_tokens, "weight"):
         module.lm_head.weight = module.model.embed_tokens.weight
     # The one buffer: made on "meta" above, so made again with storage.
     module.model.rotary_emb = type(module.model.rotary_emb)(config=config)

@@ -87,7 +87,7 @@ def pack_module(
             raise JoulesmithError(f"{name} has {shape[0]} rows, not {len(packed)}")
         store = from_bytes(grid(kind), packed, shape[1], owner.weight.dtype, prefer)
         store.to(owner.weight.device)
-        shared = _sharing(module, owner.weight) if isinstance(owner, nn.Embedding) else []
+        shared = sharing(module, owner.weight) if isinstance(owner, nn.Embedding) else []
         for other in {name, *shared}:
             if other == name or other not in matrices:
                 swap(module, other, store)
@@ -168,7 +168,8 @@ def _owner(module: nn.Module, name: str) -> Any:
     return owner
 
 
-def _sharing(module: nn.Module, weight: Tensor) -> list[str]:
+def sharing(module: nn.Module, weight: Tensor) -> list[str]:
+    """Names of the linears' and embeddings' weights that are this very tensor."""
     return [
         f"{prefix}.weight"
         for prefix, part in module.named_modules()

@@ -38,11 +38,17 @@ def unpack_bits(raw: Bytes, width: int, count: int) -> NDArray[np.int64]:
     if width == 0 or count == 0:
         return np.zeros(count, np.int64)
     if width == 8:
-        return raw.astype(np.int64)
+        return np.asarray(raw, np.int64)
     spare = len(raw) * 8 - count * width
     if spare and raw[-1] >> (8 - spare):
         raise JoulesmithError("bits set behind the last number")
+    if width in (1, 2, 4):
+        shifts = np.arange(0, 8, width, dtype=np.uint8)
+        each = (raw[:, None] >> shifts) & np.uint8((1 << width) - 1)
+        return np.asarray(each.reshape(-1)[:count], np.int64)
     apart = np.unpackbits(raw, count=count * width, bitorder="little").reshape(count, width)
+    if width < 8:
+        return np.asarray(np.packbits(apart, axis=1, bitorder="little").reshape(-1), np.int64)
     octets = np.zeros((count, 8), np.uint8)
     octets[:, : -(-width // 8)] = np.packbits(apart, axis=1, bitorder="little")
-    return octets.view("<i8").reshape(-1).astype(np.int64)
+    return np.asarray(octets.view("<i8").reshape(-1), np.int64)

@@ -29,13 +29,14 @@ class Blocks:
             raise JoulesmithError(f"blocks of {height} x {width}: give sides of {SIDES}")
         self.height, self.width, self.name = height, width, f"blocks-{height}x{width}"
 
-    def _full(self, mask: Mask) -> Mask:
+    def full(self, mask: Mask) -> Mask:
         """mask (rows, columns) -> which blocks hold a weight."""
         rows, columns = mask.shape
         down, across = -(-rows // self.height), -(-columns // self.width)
         wide = np.zeros((down * self.height, across * self.width), np.bool_)
         wide[:rows, :columns] = mask
-        return wide.reshape(down, self.height, across, self.width).any((1, 3))
+        cut = wide.reshape(down, self.height, across, self.width)
+        return np.asarray(cut.any((1, 3)), np.bool_)
 
     def _spread(self, full: Mask, rows: int, columns: int) -> Mask:
         wide = full.repeat(self.height, 0).repeat(self.width, 1)
@@ -43,11 +44,11 @@ class Blocks:
 
     def keep(self, mask: Mask) -> Mask:
         """mask (rows, columns) -> all weights of the blocks that hold one."""
-        return self._spread(self._full(mask), *mask.shape)
+        return self._spread(self.full(mask), *mask.shape)
 
     def encode(self, kept: Mask) -> Bytes:
         """kept (rows, columns), of whole blocks -> bytes."""
-        return Gaps().encode(self._full(kept))
+        return Gaps().encode(self.full(kept))
 
     def decode(self, raw: Bytes, rows: int, columns: int) -> Mask:
         """The inverse of `encode`. Raises `JoulesmithError` as `Gaps.decode` does."""

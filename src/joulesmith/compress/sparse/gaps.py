@@ -42,14 +42,15 @@ class Gaps:
         places = np.flatnonzero(~flat if zeros else flat)
         runs = np.diff(places, prepend=-1) - 1
         k = _best(runs)
-        head = np.frombuffer(_HEAD.pack(k | (_ZEROS if zeros else 0), len(runs)), np.uint8)
+        head: Bytes = np.frombuffer(_HEAD.pack(k | (_ZEROS if zeros else 0), len(runs)), np.uint8)
         if not len(runs):
             return head.copy()
         ends = np.cumsum(runs >> k) + np.arange(len(runs))
         unary = np.zeros(int(ends[-1]) + 1, np.uint8)
         unary[ends] = 1
         low = pack_bits(runs & ((1 << k) - 1), k)
-        return np.concatenate([head, low, np.packbits(unary, bitorder="little")])
+        raw: Bytes = np.concatenate([head, low, np.packbits(unary, bitorder="little")])
+        return raw
 
     def decode(self, raw: Bytes, rows: int, columns: int) -> Mask:
         """The inverse of `encode`. Raises `JoulesmithError` for what it cannot have written."""

@@ -57,7 +57,7 @@ class Dense:
 
 
 def layout(name: str) -> Layout:
-    """"dense", "bitmask", "gaps", "2:4" and other N:M, "blocks-4x4" and other blocks.
+    """ "dense", "bitmask", "gaps", "2:4" and other N:M, "blocks-4x4" and other blocks.
 
     Raises `JoulesmithError` for another name.
     """
@@ -101,7 +101,7 @@ def choose(mask: Mask, bits: int) -> str:
             tried.append(group)
     for sides in BLOCKED:
         block = blocks.Blocks(*sides)
-        if int(np.count_nonzero(block._full(mask))) * sides[0] * sides[1] <= 1.1 * count:
+        if int(np.count_nonzero(block.full(mask))) * sides[0] * sides[1] <= 1.1 * count:
             tried.append(block)
     found = {"dense": n * bits, "bitmask": n + count * bits}
     for one in tried:

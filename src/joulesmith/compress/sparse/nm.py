@@ -36,8 +36,7 @@ class NM:
 
     def fits(self, mask: Mask) -> bool:
         """Whether no group of columns has more than N weights."""
-        rows, columns = mask.shape
-        if columns % self.m:
+        if mask.shape[1] % self.m:
             return False
         return bool((mask.reshape(-1, self.m).sum(1, dtype=np.uint8) <= self.n).all())
 

@@ -27,6 +27,8 @@ from joulesmith.compress.sparse.layouts import choose, layout, spans, tile_rows
 from joulesmith.errors import JoulesmithError
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+WIDEST = 1 << 22
+"""Columns at most: a tile of rows has to fit in memory, whatever a file says."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ def value_bits(grid: IntGrid, *, exact: bool = True) -> int:
 
 
 def least_kind(weight: Tensor) -> str:
-    """The smallest of F16, BF16, F32 that holds these float weights exactly."""
-    for kind in ("F16", "BF16"):
+    """The smallest of F16, BF16, F32 that holds these float weights exactly; their own first."""
+    for kind in ("BF16", "F16") if weight.dtype == torch.bfloat16 else ("F16", "BF16"):
         if torch.equal(weight.to(FLOATS[kind]).float(), weight.float()):
             return kind
     return "F32"
@@ -120,6 +122,7 @@ def pack(weight: Tensor, name: str | None = None, *, kind: str | None = None) ->
         raise JoulesmithError(f"weights that {kind} does not hold exactly")
     mask: Mask = (cast != 0).numpy()
     rows, columns = mask.shape
+    _bounded(rows, columns)
     name = name or choose(mask, cast.element_size() * 8)
     # as integers: numpy has no bfloat16
     raw = cast.contiguous().view(torch.int32 if kind == "F32" else torch.int16).numpy()
@@ -128,9 +131,7 @@ def pack(weight: Tensor, name: str | None = None, *, kind: str | None = None) ->
     return SparseTensor(rows, columns, name, kind, index, places, values)
 
 
-def pack_codes(
-    grid: IntGrid, packed: Bytes, columns: int, name: str | None = None
-) -> SparseTensor:
+def pack_codes(grid: IntGrid, packed: Bytes, columns: int, name: str | None = None) -> SparseTensor:
     """packed (rows, bytes a row) of an integer grid -> the same codes without the zeros.
 
     A weight is zero where its code is: the middle one, or its group's zero point. name: as
@@ -151,9 +152,12 @@ def pack_codes(
     if exact:
         level = level - (level > zero)
     index, places, values = _tiles(mask, name, lambda at, kept: pack_bits(level[at][kept], bits))
-    return SparseTensor(
-        len(mask), columns, name, grid.name, index, places, values, steps, zeros
-    )
+    return SparseTensor(len(mask), columns, name, grid.name, index, places, values, steps, zeros)
+
+
+def _bounded(rows: int, columns: int) -> None:
+    if rows < 0 or not 0 < columns <= WIDEST:
+        raise JoulesmithError(f"a matrix of {rows} x {columns} is not packed here")
 
 
 def _tiles(mask: Mask, name: str, read: object) -> tuple[NDArray[np.int32], Bytes, Bytes]:
@@ -202,7 +206,9 @@ def check(p: SparseTensor) -> None:
 
     What is inside the places is checked as it is read.
     """
-    form, tiles = layout(p.layout), len(spans(p.rows, p.columns))
+    _bounded(p.rows, p.columns)
+    # counted, not listed: rows may be anything yet
+    form, tiles = layout(p.layout), -(-p.rows // tile_rows(p.columns))
     if p.index.shape != (tiles, 2) or p.index.dtype != np.int32 or (p.index < 0).any():
         raise JoulesmithError(f"an index of {p.index.shape} for {tiles} tiles")
     # the layout's columns fit, before any memory is taken by them
@@ -228,7 +234,9 @@ def check(p: SparseTensor) -> None:
         raise JoulesmithError(f"{p.kind} without {shape} finite scales")
     if (p.zeros is None) != p.grid.symmetric:
         raise JoulesmithError(f"{p.kind} with zeros missing, or where it has none")
-    if p.zeros is not None and (p.zeros.shape != shape or p.zeros.max(initial=0) > p.grid.levels[-1]):
+    if p.zeros is not None and (
+        p.zeros.shape != shape or p.zeros.max(initial=0) > p.grid.levels[-1]
+    ):
         raise JoulesmithError(f"zeros that {p.kind} does not have")
 
 
