@@ -1,0 +1,117 @@
+"""Which shape a model of so many parameters should have: layers against neurons against heads.
+
+For every number of layers and heads there is one number of neurons that just meets the budget.
+These shapes are tried out: drawn up, repaired and judged on held-out windows, so that kinds
+of parts are weighed by the damage that they do and not by scores that cannot be compared. The
+search climbs from three depths. Knows counts; how a shape is tried is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from joulesmith.compress.prune.shrink import Shape
+from joulesmith.errors import JoulesmithError
+
+LEAST = 4
+"""An MLP keeps a fourth of its neurons at the least, attention half of its heads."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One shape that was tried. damage: nats of KL per token on the held-out windows."""
+
+    shape: Shape
+    parameters: int
+    read: int
+    damage: float
+
+
+def neurons_for(
+    shape: Shape, budget: int, count: Callable[[Shape], int], multiple: int
+) -> Shape | None:
+    """The shape with the most neurons, up to its own number, that meets the budget; None where
+    none with a fourth of them does."""
+    if count(shape) <= budget:
+        return shape
+    one = count(replace(shape, neurons=1))
+    each = count(replace(shape, neurons=2)) - one
+    most = int((budget - (one - each)) // each) // multiple * multiple
+    if most < multiple or most * LEAST < shape.neurons or most >= shape.neurons:
+        return None
+    return replace(shape, neurons=most)
+
+
+def smallest(shape: Shape, count: Callable[[Shape], int], multiple: int) -> int:
+    """Parameters of the smallest shape that is considered."""
+    least = -(-shape.neurons // LEAST // multiple) * multiple or multiple
+    kv = -(-shape.kv // 2)
+    return count(replace(shape, layers=1, neurons=min(least, shape.neurons), kv=kv))
+
+
+def search(
+    shape: Shape,
+    budget: int,
+    count: Callable[[Shape], int],
+    attempt: Callable[[Shape], float],
+    *,
+    multiple: int,
+    trials: int,
+    read: Callable[[Shape], int],
+    deepest: int,
+    heads: bool = True,
+) -> list[Trial]:
+    """Shapes tried, best first.
+
+    shape: the model's. budget: most parameters. attempt: shape -> damage. trials: at most so
+    many. deepest: most layers that may go. Raises `JoulesmithError` where no shape
+    meets the budget.
+    """
+    done: dict[Shape, Trial] = {}
+
+    def of(gone: int, kv: int, queries: int) -> Shape | None:
+        if not 0 <= gone <= deepest or queries < 1 or kv * queries * 2 < shape.kv * shape.queries:
+            return None
+        cut = replace(shape, layers=shape.layers - gone, kv=kv, queries=queries)
+        return neurons_for(cut, budget, count, multiple) if kv >= 1 else None
+
+    def visit(gone: int, kv: int, queries: int) -> float:
+        found = of(gone, kv, queries)
+        if found is None:
+            return float("inf")
+        if found not in done:
+            if len(done) >= trials:
+                return float("inf")
+            done[found] = Trial(found, count(found), read(found), attempt(found))
+        return done[found].damage
+
+    full = [g for g in range(deepest + 1) if of(g, shape.kv, shape.queries) is not None]
+    # beyond the first depth that needs no cut in neurons, a model is only smaller
+    whole = [g for g in full if of(g, shape.kv, shape.queries).neurons == shape.neurons]  # type: ignore[union-attr]
+    full = [g for g in full if not whole or g <= whole[0]]
+    if not full:
+        least = smallest(replace(shape, layers=shape.layers - deepest + 1), count, multiple)
+        raise JoulesmithError(
+            f"{budget} parameters cannot be reached: the smallest shape considered has some {least}"
+        )
+    at = [full[0], full[len(full) // 2], full[-1]]
+    here = (min(sorted(set(at)), key=lambda g: visit(g, *_full(shape))), *_full(shape))
+    step = max(1, (full[-1] - full[0]) // 4)
+    while True:
+        gone, kv, queries = here
+        moves = [(gone - step, kv, queries), (gone + step, kv, queries)]
+        if step == 1 and heads:
+            moves += [(gone, kv - 1, queries), (gone, kv, queries - 1)]
+            moves += [(gone - 1, kv - 1, queries), (gone - 1, kv, queries - 1)]
+        best = min(moves, key=lambda m: visit(*m))
+        if visit(*best) < visit(*here):
+            here = best
+        elif step > 1:
+            step //= 2
+        else:
+            return sorted(done.values(), key=lambda t: (t.damage, t.parameters))
+
+
+def _full(shape: Shape) -> tuple[int, int]:
+    return shape.kv, shape.queries
