@@ -41,7 +41,14 @@ LONGEST = 128
 SHORT = 32
 FLOOR = 0.97
 DRAWS = 2000
-METHODS = ("magnitude", "wanda", "sparsegpt", "admm")
+METHODS: dict[str, dict[str, str]] = {
+    "magnitude": {"method": "magnitude", "allocation": "uniform"},
+    "global magnitude": {"method": "magnitude", "allocation": "threshold"},
+    "Wanda": {"method": "wanda"},
+    "SparseGPT": {"method": "sparsegpt"},
+    "ours": {},
+}
+FREE_OF_DATA = ("", "magnitude", "global magnitude")
 
 
 # -- text ---------------------------------------------------------------------
@@ -237,7 +244,7 @@ def prune(
     """By the step that takes any module."""
     from joulesmith.compress.prune.walk import prune_module
 
-    prune_module(encoder.module, batches, sparsity=sparsity, method=method)
+    prune_module(encoder.module, batches, sparsity=sparsity, **METHODS[method])  # type: ignore[arg-type]
 
 
 def packed_bytes(encoder: Encoder, *, eight_bits: bool, sparse: bool) -> int:
@@ -285,7 +292,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """ "50 % admm, int8"."""
+        """ "50 % SparseGPT, int8"."""
         parts = [f"{self.sparsity:.0%} {self.method}".replace("%", " %")] if self.method else []
         return ", ".join(parts + (["int8"] if self.eight_bits else [])) or "dense"
 
@@ -383,7 +390,7 @@ def main() -> None:
     done: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     for seed in args.seeds:
         for row in rows(args.methods, args.shares):
-            key = f"{row.name}/{seed if row.method not in ('', 'magnitude') else 0}"
+            key = f"{row.name}/{seed if row.method not in FREE_OF_DATA else 0}"
             if key not in done:
                 done[key] = measured(row, lambda: Encoder(folder), calib, judge, seed)
                 print(f"{key}: {done[key]}", flush=True)

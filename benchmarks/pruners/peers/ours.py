@@ -14,23 +14,22 @@ VARIANTS: dict[str, dict[str, str]] = {
     "fast": {"method": "sparsegpt"},
     "wanda": {"method": "wanda"},
     "magnitude": {"method": "magnitude"},
-    "global": {"allocation": "global"},
-    "sensitivity": {"allocation": "sensitivity"},
+    "admm-uniform": {"allocation": "uniform"},
 }
 
 
 def warm_imports() -> None:
     """Imported before the clock starts."""
-    import joulesmith.compress.prune.step  # noqa: F401
+    import joulesmith.compress.prune.walk  # noqa: F401
 
 
 def prune(model: Any, windows: Any, setting: Setting, variant: str, seed: int) -> Any:
-    """The step `Prune` on the windows, in place."""
-    from joulesmith.compress.prune.step import Prune
+    """`prune_module` on the windows, in place."""
+    from joulesmith.compress.prune.walk import prune_module
 
-    pattern = setting.name if setting.group else "unstructured"
-    step = Prune(sparsity=setting.sparsity, pattern=pattern, seed=seed, **VARIANTS[variant])
-    step.apply(model, windows)
+    share = {} if setting.group else {"sparsity": setting.sparsity}
+    pattern = {"pattern": setting.name} if setting.group else {}
+    prune_module(model.module, windows, seed=seed, **share, **pattern, **VARIANTS[variant])
     return model
 
 
