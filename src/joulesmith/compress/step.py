@@ -14,6 +14,7 @@ from joulesmith.progress import Tick, silent
 if TYPE_CHECKING:
     import torch
 
+    from joulesmith.compress.prune.walk import Pruned
     from joulesmith.compress.quantize.activations import InputQuantizer
     from joulesmith.compress.quantize.kv_cache import KVScheme
     from joulesmith.models import Model
@@ -29,7 +30,8 @@ class StepRecord:
     that are stored as blocks from here on. A step that changes the module's
     parameters in place leaves it empty. inputs: module name -> what rounds a linear layer's
     inputs. cache: how keys and values are cached. factors: GGUF tensor name -> (outer, inner),
-    whose product is added to the packed matrix; rows in GGUF's order.
+    whose product is added to the packed matrix; rows in GGUF's order. pruned: layer by layer what
+    became zero.
     """
 
     step: str
@@ -38,6 +40,7 @@ class StepRecord:
     inputs: dict[str, InputQuantizer] = field(default_factory=dict)
     cache: KVScheme | None = None
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    pruned: tuple[Pruned, ...] = ()
 
 
 class Step(BaseModel):
@@ -66,6 +69,8 @@ def find(name: str) -> type[Step]:
     """The step of that name; raises `KeyError`. Importing here keeps the registry complete."""
     import joulesmith.compress.lowrank.absorb_step
     import joulesmith.compress.lowrank.step
+    import joulesmith.compress.prune.step
+    import joulesmith.compress.prune.structured
     import joulesmith.compress.quantize.fold_steps
     import joulesmith.compress.quantize.input_step
     import joulesmith.compress.quantize.kv_step

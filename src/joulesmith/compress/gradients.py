@@ -1,0 +1,180 @@
+"""Gradients at the linear layers of any module, block by block, in the memory of one block.
+
+The inputs of the blocks wait on disk; what lies behind the last block runs once a batch and
+gives the gradient that goes back through the blocks. Knows no models by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from joulesmith.compress.layers import Linear, linears_of
+from joulesmith.compress.stream import Batch, Streams, call, hidden_of
+from joulesmith.errors import JoulesmithError
+
+Labels = Literal["drawn", "given"]
+"""Whose loss: labels drawn from what the module says (the Fisher information), or those of
+the data (next tokens; ``labels`` in the batch)."""
+
+Visit = Callable[[str, Linear, Tensor, Tensor], None]
+"""Called with a layer's name, the layer, its inputs (n, columns) and gradients (n, rows)."""
+
+
+def backward(
+    module: nn.Module,
+    batches: Sequence[Batch],
+    visit: Visit,
+    *,
+    labels: Labels = "drawn",
+    seed: int = 0,
+    scratch: Path | None = None,
+) -> None:
+    """Call ``visit`` for every linear layer inside the module's blocks and every batch.
+
+    The loss is -log p(label), summed over places, where the module gives logits; for other
+    outputs half the squared distance to the output itself, of unit variance. Layers of fused
+    experts are left out. Raises `JoulesmithError` where there is nothing to differentiate.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    wanted = [(p, p.requires_grad) for p in module.parameters()]
+    try:
+        for p, _ in wanted:
+            p.requires_grad_(False)
+        with Streams(module, batches, targets=False, scratch=scratch) as s:
+            blocks = list(s.names.values())
+            for b in range(len(batches)):
+                _one(s, blocks, b, visit, labels, generator)
+    finally:
+        for p, was in wanted:
+            p.requires_grad_(was)
+
+
+def _one(
+    s: Streams,
+    blocks: list[nn.Module],
+    b: int,
+    visit: Visit,
+    labels: Labels,
+    generator: torch.Generator,
+) -> None:
+    if "" in s.names:
+        with _Outputs(linears_of(s.module)) as taps, torch.enable_grad():
+            # Something must want gradients for any to be kept: the first layers' outputs do.
+            out = s.run(s.module, b, None)
+            loss = _loss(out, s.batches[b], labels, generator)
+            _back(loss, None)
+        taps.told(visit)
+        return
+    hidden = [s.get(0, b)]
+    for block in blocks[:-1]:
+        hidden.append(hidden_of(s.run(block, b, hidden[-1])))
+    grad: Tensor | None = _behind(s, blocks, b, hidden[-1], labels, generator)
+    for i in reversed(range(len(blocks))):
+        x = hidden.pop()
+        assert x is not None
+        x = x.detach().requires_grad_(x.is_floating_point())
+        name = list(s.names)[i]
+        with _Outputs(linears_of(blocks[i], name)) as taps, torch.enable_grad():
+            out = hidden_of(s.run(blocks[i], b, x))
+            _back(out, grad)
+        taps.told(visit)
+        assert x.grad is not None or i == 0
+        grad = x.grad
+
+
+def _behind(
+    s: Streams,
+    blocks: list[nn.Module],
+    b: int,
+    hidden: Tensor | None,
+    labels: Labels,
+    generator: torch.Generator,
+) -> Tensor:
+    """Gradient of the loss at the last block's output: the module runs with that put in."""
+    leaf = hidden_of(s.run(blocks[-1], b, hidden)).detach().requires_grad_(True)
+
+    def put(_: nn.Module, args: Any, out: Any) -> Any:
+        return (leaf, *out[1:]) if isinstance(out, tuple) else leaf
+
+    handle = blocks[-1].register_forward_hook(put)
+    try:
+        with torch.enable_grad():
+            loss = _loss(call(s.module, s.batches[b]), s.batches[b], labels, generator)
+            _back(loss, None)
+    finally:
+        handle.remove()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def _back(out: Tensor, grad: Tensor | None) -> None:
+    if not out.requires_grad:
+        raise JoulesmithError("the module's output does not depend on its linear layers")
+    torch.autograd.backward(out, grad)
+
+
+def _loss(out: Any, batch: Batch, labels: Labels, generator: torch.Generator) -> Tensor:
+    logits = getattr(out, "logits", None)
+    plain = out if isinstance(out, Tensor) else None
+    if logits is None and plain is not None and plain.ndim == 2 and plain.shape[1] > 1:
+        logits = plain  # a classifier
+    if logits is not None and logits.shape[-1] > 1:
+        logp = torch.log_softmax(logits.float(), -1).flatten(0, -2)
+        if labels == "given":
+            return _given(logits, logp, batch)
+        drawn = torch.multinomial(logp.detach().exp(), 1, generator=generator)
+        return -logp.gather(1, drawn).sum()
+    y = plain if plain is not None else logits
+    if y is None:
+        y = next(v for v in out.values() if isinstance(v, Tensor) and v.is_floating_point())
+    # E over unit noise e of the gradient of |y - (y + e)|^2 / 2.
+    return (y.float() * torch.randn(y.shape, generator=generator)).sum()
+
+
+def _given(logits: Tensor, logp: Tensor, batch: Batch) -> Tensor:
+    given = batch.get("labels", batch.get("input_ids")) if not isinstance(batch, Tensor) else None
+    if given is None or given.shape != logits.shape[:-1]:
+        raise JoulesmithError("the data has no labels to take gradients of: give token windows")
+    shifted = logp.view(logits.shape)[:, :-1].flatten(0, -2)
+    return -shifted.gather(1, given[:, 1:].reshape(-1, 1)).sum()
+
+
+class _Outputs:
+    """Keeps inputs of linear layers and the gradients at their outputs during a pass."""
+
+    def __init__(self, layers: dict[str, Linear]) -> None:
+        self.layers = {n: x for n, x in layers.items() if x.expert is None}
+        self.x: dict[str, list[Tensor]] = {}
+        self.g: dict[str, list[Tensor]] = {}
+
+    def __enter__(self) -> _Outputs:
+        self.stack = ExitStack()
+        for name, layer in self.layers.items():
+
+            def note(
+                _: nn.Module, args: tuple[Any, ...], out: Tensor, name: str = name
+            ) -> Tensor | None:
+                if not out.requires_grad:
+                    out = out.detach().requires_grad_(True)
+                self.x.setdefault(name, []).append(args[0].detach())
+                out.register_hook(lambda g, name=name: self.g.setdefault(name, []).append(g))  # type: ignore[no-untyped-call]
+                return out
+
+            self.stack.callback(layer.owner.register_forward_hook(note).remove)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stack.close()
+
+    def told(self, visit: Visit) -> None:
+        """Hand over what was caught; a layer that is called twice is one with all its calls."""
+        for name, gradients in self.g.items():
+            x = torch.cat([v.flatten(0, -2) for v in self.x[name]])
+            g = torch.cat([v.flatten(0, -2) for v in reversed(gradients)])
+            visit(name, self.layers[name], x, g)

@@ -1,0 +1,142 @@
+"""The default: zeros and weights together, by alternating directions, then weights alone.
+
+minimise over W:  tr(W A W^T) - 2 tr(W B^T)   with at most so many weights other than zero,
+
+A the moments of a layer's inputs and B = W_0 C what it shall say: C = A where inputs are as
+they were, and E[y x^T] where blocks before are pruned and y is what they gave before. The
+splitting is that of ALPS (Meng et al. 2024, "ALPS: improved optimization for highly sparse
+one-shot pruning", section 3.1 and 3.2): weights follow the quadratic, a copy follows the pattern,
+and a penalty that grows as the pattern settles brings them together. Then conjugate gradients
+find the best weights in their places (their section 3.3), each row with steps of its own. Pure
+functions of tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from joulesmith.compress.prune.patterns import Pattern
+from joulesmith.errors import JoulesmithError
+
+DAMPING = 0.01
+STEPS = 60
+REFIT = 12
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A layer's quadratic in coordinates where every input has size 1.
+
+    a: (n, n) moments with a diagonal of 1 and more. best: (rows, n) the weights that minimise it
+    without zeros. scale: (n,) what weights were multiplied with.
+    """
+
+    a: Tensor
+    best: Tensor
+    scale: Tensor
+
+
+def problem(
+    weight: Tensor, gram: Tensor, cross: Tensor | None = None, *, damping: float = DAMPING
+) -> Problem:
+    """weight (rows, n), gram (n, n) E[x x^T], cross (n, n) E[y x^T] -> `Problem`.
+
+    damping: pulls towards ``weight``, as a share of the diagonal and of its mean. Raises
+    `JoulesmithError` where moments are not finite.
+    """
+    if not bool(torch.isfinite(gram).all()):
+        raise JoulesmithError("the input moments hold NaN or infinity: check the calibration data")
+    w = weight.float()
+    d = gram.diagonal().clamp_min(0)
+    mean = d.mean().clamp_min(1e-30)
+    root = (d + 1e-4 * mean).sqrt()
+    a = gram / root[:, None] / root
+    a = (a + a.T) / 2
+    a.diagonal().add_(damping)
+    best = w * root
+    if cross is not None:
+        # B = W (C + damping), solved for the weights without zeros.
+        c = cross / root[:, None] / root
+        c.diagonal().add_(damping)
+        best = torch.linalg.solve(a.double(), (best @ c).T.double()).T.float().contiguous()
+    return Problem(a, best, root)
+
+
+def prune(
+    p: Problem,
+    pattern: Pattern,
+    kept: int,
+    *,
+    rows: Tensor | None = None,
+    steps: int = STEPS,
+    refit: int = REFIT,
+) -> Tensor:
+    """`Problem` -> weights (rows, n) in the layer's own coordinates, zeros in place.
+
+    kept: weights that stay. rows: (rows,) what a squared error of each output costs; None for
+    all the same.
+    """
+    weigh = None if rows is None else (rows / rows.mean().clamp_min(1e-30)).sqrt()[:, None]
+    mask = support(p, pattern, kept, weigh, steps)
+    return refitted(p, mask, refit) / p.scale
+
+
+def support(
+    p: Problem, pattern: Pattern, kept: int, weigh: Tensor | None = None, steps: int = STEPS
+) -> Tensor:
+    """Where weights stay: bool (rows, n). weigh: (rows, 1) roots of what errors cost."""
+    v, n = p.best, p.a.shape[0]
+    rho, u = 0.1, torch.zeros_like(v)
+
+    def chosen(x: Tensor) -> Tensor:
+        score = x.square()
+        return pattern.mask(score if weigh is None else score * weigh.square(), kept)
+
+    mask = chosen(v)
+    z = v * mask
+    eye = torch.eye(n)
+    inverse: Tensor | None = None
+    for step in range(steps):
+        if inverse is None:
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(p.a + rho * eye))
+        # (v A + rho z - u)(A + rho)^-1, told as a change of v
+        x = v + (rho * (z - v) - u) @ inverse
+        new = chosen(x + u / rho)
+        z = (x + u / rho) * new
+        u += rho * (x - z)
+        if step % 3 == 2:
+            changed = int((new != mask).sum()) / 2
+            mask = new
+            if changed < 1:
+                break
+            grow = 1.3 if changed >= 0.1 * kept else 1.2 if changed >= 0.005 * kept else 1.1
+            rho *= grow
+            inverse = None
+    return mask
+
+
+def refitted(p: Problem, mask: Tensor, steps: int = REFIT) -> Tensor:
+    """Best weights where ``mask`` (rows, n) is true: conjugate gradients in every row, scaled
+    coordinates; the diagonal is 1 already, which is Jacobi's preconditioner."""
+    x = p.best * mask
+    r = ((p.best - x) @ p.a) * mask
+    d, rr = r.clone(), r.square().sum(1, keepdim=True)
+    for _ in range(steps):
+        ad = (d @ p.a) * mask
+        curve = (d * ad).sum(1, keepdim=True)
+        alpha = torch.where(curve > 0, rr / curve.clamp_min(1e-30), torch.zeros_like(rr))
+        x += alpha * d
+        r -= alpha * ad
+        new = r.square().sum(1, keepdim=True)
+        d = r + torch.where(rr > 0, new / rr.clamp_min(1e-30), torch.zeros_like(rr)) * d
+        rr = new
+    return x
+
+
+def loss(p: Problem, weight: Tensor) -> Tensor:
+    """(rows,) squared error of the outputs beyond that of the best weights, own coordinates."""
+    d = weight * p.scale - p.best
+    return ((d @ p.a) * d).sum(1)

@@ -1,0 +1,411 @@
+"""Data through a module block by block, twice: as the module was, and as it is by now.
+
+Two streams of hidden states wait on disk between blocks, so that in memory there are one
+block twice and the activations of one batch. Any module whose blocks feed each other; one
+whose blocks do not is a single block. Knows no models by name, and not what is done to them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from joulesmith.compress.layers import Linear, blocks_of, linears_of
+from joulesmith.errors import JoulesmithError
+
+BATCH = 4
+"""Windows that go through a block together."""
+
+Batch = Tensor | Mapping[str, Any]
+"""What the module is called with: a tensor, or named arguments."""
+
+
+@dataclass
+class InputStats:
+    """What a group of layers reads. gram: (n, n) E[x x^T] now; cross: (n, n) E[y x^T], y the
+    same input of the module as it was, None where they are the same. mean, dense_mean: (n,) of
+    both. squares: (n,) E[x^2]. count: vectors seen."""
+
+    gram: Tensor
+    cross: Tensor | None
+    mean: Tensor
+    dense_mean: Tensor
+    count: int = 0
+
+    @property
+    def squares(self) -> Tensor:
+        """(n,) E[x^2]."""
+        return self.gram.diagonal()
+
+
+@dataclass
+class Group:
+    """Layers that read the same tensor, by name in the whole module."""
+
+    layers: dict[str, Linear]
+    stats: InputStats
+
+
+def as_batches(data: NDArray[np.int32] | Sequence[Batch], size: int = BATCH) -> list[Batch]:
+    """Token windows (n, length) -> named arguments, ``size`` windows each; batches as they are.
+
+    Raises `JoulesmithError` where there are none.
+    """
+    if isinstance(data, np.ndarray):
+        tokens = torch.from_numpy(np.ascontiguousarray(data)).long()
+        parts = [tokens[i : i + size] for i in range(0, len(tokens), size)]
+        found: list[Batch] = [{"input_ids": p} for p in parts]
+    else:
+        found = list(data)
+    if not found:
+        raise JoulesmithError("no calibration data: give at least one batch")
+    return found
+
+
+class Streams:
+    """Walks a module's blocks; use as a context manager.
+
+    >>> with Streams(module, batches) as streams:
+    ...     for block in streams.blocks():
+    ...         for group in block.groups():
+    ...             ...  # change the group's layers
+
+    targets: whether the module as it was goes beside it, so that `InputStats.cross` is known.
+    Raises `JoulesmithError` for a module that does not take the batches.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batches: Sequence[Batch],
+        *,
+        targets: bool = True,
+        scratch: Path | None = None,
+    ) -> None:
+        self.module, self.batches, self.targets, self._place = module, batches, targets, scratch
+        self.names: dict[str, nn.Module] = {}
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __enter__(self) -> Streams:
+        self._stack = ExitStack()
+        folder = self._stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="streams-", dir=self._place)
+        )
+        self.folder = Path(folder)
+        self._stack.enter_context(torch.no_grad())
+        training = self.module.training
+        self._stack.callback(self.module.train, training)
+        self.module.eval()
+        try:
+            self._start()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def blocks(self) -> Iterator[Block]:
+        """Each block in turn; what was done to one is felt by the next."""
+        for i, (name, block) in enumerate(self.names.items()):
+            yield Block(self, i, name, block)
+
+    # -- hidden states ---------------------------------------------------------------
+
+    def _start(self) -> None:
+        found = blocks_of(self.module)
+        self.names = found if len(found) > 1 and self._chained(found) else {"": self.module}
+        if "" in self.names:
+            for b, batch in enumerate(self.batches):
+                self._calls.append(_arguments(batch))
+                self.put(0, b, None)
+            return
+        first = next(iter(self.names.values()))
+        for b, batch in enumerate(self.batches):
+            args, kwargs = _caught(self.module, first, batch)
+            hidden, rest = args[0], args[1:]
+            self._calls.append(self._shared((rest, kwargs)))
+            self.put(0, b, hidden)
+            if self.targets:
+                self.put(1, b, hidden)
+
+    def _chained(self, blocks: dict[str, nn.Module]) -> bool:
+        """Whether each block takes what the one before gave, and else the same for all."""
+        seen: list[tuple[Any, ...]] = []
+        outs: list[Tensor] = []
+        with ExitStack() as stack:
+            for block in blocks.values():
+
+                def before(_: nn.Module, args: Any, kwargs: Any) -> None:
+                    seen.append((args, kwargs))
+
+                def after(_: nn.Module, args: Any, out: Any) -> None:
+                    outs.append(hidden_of(out))
+                    if len(outs) == len(blocks):  # what comes after, such as a head, costs much
+                        raise _ReachedError
+
+                stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(after).remove)
+            with contextlib.suppress(_ReachedError):
+                call(self.module, self.batches[0])
+        if len(seen) != len(blocks) or not all(a and isinstance(a[0], Tensor) for a, _ in seen):
+            return False
+        alike = all(_same((a[1:], k), (seen[0][0][1:], seen[0][1])) for a, k in seen[1:])
+        return alike and all(_same(a[0], out) for (a, _), out in zip(seen[1:], outs, strict=False))
+
+    def _shared(self, call: tuple[Any, Any]) -> tuple[Any, Any]:
+        """The call, or an equal one that is kept already."""
+        for other in self._calls[:1]:
+            if _same(call, other):
+                return other
+        return call
+
+    def run(self, block: nn.Module, b: int, hidden: Tensor | None) -> Any:
+        """A batch through a block."""
+        args, kwargs = self._calls[b]
+        first = () if hidden is None else (hidden,)
+        return block(*first, *args, **kwargs)
+
+    def put(self, stream: int, b: int, x: Tensor | None) -> None:
+        """Keep hidden states. stream: 0 as the module is by now, 1 as it was."""
+        if x is None:
+            return
+        try:
+            np.save(self.folder / f"{stream}.{b}.npy", x.numpy())
+        except OSError as e:
+            raise JoulesmithError(
+                f"cannot keep activations in {self.folder.parent}: {e.strerror or e}; "
+                "free some space"
+            ) from e
+
+    def get(self, stream: int, b: int) -> Tensor | None:
+        """As they were put."""
+        if "" in self.names:
+            return None
+        return torch.from_numpy(np.load(self.folder / f"{stream}.{b}.npy", allow_pickle=False))
+
+
+class Block:
+    """One block of a walk."""
+
+    def __init__(self, streams: Streams, index: int, name: str, module: nn.Module) -> None:
+        self.streams, self.index, self.name, self.module = streams, index, name, module
+        self.layers = linears_of(module, name)
+
+    def groups(self, *, at_once: bool = False, wanted: set[str] | None = None) -> Iterator[Group]:
+        """Layers by shared input, in order of use, each with moments of what reaches it by now.
+
+        at_once: moments of all groups are taken before any layer changes, in one pass instead of
+        one for each group. wanted: names of layers; others are left out. Hidden states go on
+        to the next block when the iterator ends.
+        """
+        s = self.streams
+        chosen = {n: x for n, x in self.layers.items() if wanted is None or n in wanted}
+        before = copy.deepcopy(self.module) if s.targets and chosen else None
+        if chosen:
+            order = self._order(chosen)
+            if at_once:
+                stats = self._stats(order, before)
+                yield from (Group(o, st) for o, st in zip(order, stats, strict=True))
+            else:
+                for o in order:
+                    yield Group(o, self._stats([o], before)[0])
+        self._advance(before)
+
+    def _order(self, chosen: dict[str, Linear]) -> list[dict[str, Linear]]:
+        with _Taps(chosen) as taps:
+            self.streams.run(self.module, 0, self.streams.get(0, 0))
+        groups: list[tuple[Any, dict[str, Linear]]] = []
+        for name, x in taps.seen:
+            key = (x.data_ptr(), x.shape, x.stride())
+            if groups and groups[-1][0] == key:
+                groups[-1][1][name] = chosen[name]
+            elif not any(name in g for _, g in groups):
+                groups.append((key, {name: chosen[name]}))
+        return [g for _, g in groups]
+
+    def _stats(self, groups: list[dict[str, Linear]], before: nn.Module | None) -> list[InputStats]:
+        s, heads = self.streams, [next(iter(g)) for g in groups]
+        found: dict[str, InputStats] = {}
+        originals = linears_of(before, self.name) if before is not None else {}
+        for b in range(len(s.batches)):
+            now = self._inputs(self.module, {n: self.layers[n] for n in heads}, 0, b)
+            was = {}
+            if before is not None:
+                was = self._inputs(before, {n: originals[n] for n in heads}, 1, b)
+            for name in heads:
+                if name not in now:
+                    continue
+                x = now[name]
+                if name not in found:
+                    n = x.shape[1]
+                    cross = None if before is None else torch.zeros(n, n)
+                    found[name] = InputStats(
+                        torch.zeros(n, n), cross, torch.zeros(n), torch.zeros(n)
+                    )
+                t = found[name]
+                t.gram.addmm_(x.T, x)
+                t.mean += x.sum(0)
+                t.count += len(x)
+                if name in was and t.cross is not None:
+                    y = was[name]
+                    t.cross.addmm_(y.T, x)
+                    t.dense_mean += y.sum(0)
+                else:
+                    t.dense_mean += x.sum(0)
+        for name in heads:
+            if name not in found:
+                raise JoulesmithError(
+                    f"calibration never reached the layer {name}: give more of it"
+                )
+            t = found[name]
+            for part in (t.gram, t.mean, t.dense_mean, t.cross):
+                if part is not None:
+                    part /= t.count
+            if not bool(torch.isfinite(t.gram).all()):
+                raise JoulesmithError(
+                    f"the inputs of {name} are not finite on the calibration data"
+                )
+        return [found[n] for n in heads]
+
+    def _inputs(
+        self, block: nn.Module, layers: dict[str, Linear], stream: int, b: int
+    ) -> dict[str, Tensor]:
+        """Name -> (vectors, columns) that reach each layer; ends as soon as all are known."""
+        caught: dict[str, Tensor] = {}
+        single = len(layers) == 1 and all(x.expert is None for x in layers.values())
+        with _Taps(layers, stop=single) as taps, contextlib.suppress(_ReachedError):
+            self.streams.run(block, b, self.streams.get(stream, b))
+        for name, x in taps.seen:
+            flat = x.reshape(-1, x.shape[-1]).float()
+            caught[name] = torch.cat([caught[name], flat]) if name in caught else flat
+        return caught
+
+    def _advance(self, before: nn.Module | None) -> None:
+        s = self.streams
+        if "" in s.names or self.index + 1 == len(s.names):
+            return
+        for b in range(len(s.batches)):
+            if s.targets:
+                block = self.module if before is None else before
+                s.put(1, b, hidden_of(s.run(block, b, s.get(1, b))))
+            s.put(0, b, hidden_of(s.run(self.module, b, s.get(0, b))))
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass at the layer whose input is wanted."""
+
+
+class _Taps(TorchFunctionMode):
+    """Notes what reaches linear layers: of modules by hooks, of fused experts by the call."""
+
+    def __init__(self, layers: Mapping[str, Linear], stop: bool = False) -> None:
+        super().__init__()
+        self.layers, self.stop = layers, stop
+        self.seen: list[tuple[str, Tensor]] = []
+        self._experts = {
+            (x.stored.data_ptr(), x.matrix.storage_offset()): n
+            for n, x in layers.items()
+            if x.expert is not None
+        }
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Taps:
+        for name, layer in self.layers.items():
+            if layer.expert is None:
+
+                def note(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                    self.seen.append((name, args[0].detach()))
+                    if self.stop:
+                        raise _ReachedError
+
+                self._handles.append(layer.owner.register_forward_pre_hook(note))
+        if self._experts:
+            super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        if self._experts:
+            super().__exit__(*exc)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is nn.functional.linear and len(args) > 1:
+            w = args[1]
+            name = self._experts.get((w.untyped_storage().data_ptr(), w.storage_offset()))
+            if name is not None:
+                self.seen.append((name, args[0].detach()))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _at(block: nn.Module, hook: Any) -> Iterator[None]:
+    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _caught(
+    module: nn.Module, first: nn.Module, batch: Batch
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the module calls its first block with."""
+    found: list[tuple[Any, Any]] = []
+
+    def catch(_: nn.Module, args: Any, kwargs: Any) -> None:
+        found.append((args, kwargs))
+        raise _ReachedError
+
+    with _at(first, catch), contextlib.suppress(_ReachedError):
+        call(module, batch)
+    return found[0]
+
+
+def _arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((), dict(batch)) if isinstance(batch, Mapping) else ((batch,), {})
+
+
+def call(module: nn.Module, batch: Batch) -> Any:
+    args, kwargs = _arguments(batch)
+    if kwargs and "use_cache" not in kwargs and hasattr(module, "generate"):
+        kwargs["use_cache"] = False
+    try:
+        return module(*args, **kwargs)
+    except (TypeError, RuntimeError, IndexError, ValueError) as e:
+        line = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+        raise JoulesmithError(
+            f"{type(module).__name__} cannot run the calibration data: {line}"
+        ) from e
+
+
+def hidden_of(out: Any) -> Tensor:
+    """A block's hidden states: some give a tuple."""
+    found: Tensor = out[0] if isinstance(out, tuple) else out
+    return found
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and (a is b or torch.equal(a, b))
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return a is b or (type(a) is type(b) and not isinstance(a, nn.Module) and bool(a == b))
