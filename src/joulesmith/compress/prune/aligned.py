@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,12 +47,14 @@ O, DOWN = "self_attn.o_proj", "mlp.down_proj"  # noqa: E741 - its name
 class Fit:
     """How layers are fitted. readers, writers: share of the dense model's values in what layers
     that read and that write the stream are fitted to (`columns.targets`). ridge: as there.
-    weigh: tokens count by the inverse of their mean square, as behind an RMS norm."""
+    weigh: tokens count by the inverse of their mean square, as behind an RMS norm. rounds: in
+    how many neurons would go, if all went."""
 
     readers: float = 0.5
-    writers: float = 1.0
+    writers: float = 0.5
     ridge: float = RIDGE
     weigh: bool = True
+    rounds: int = 64
 
 
 @dataclass(frozen=True)
@@ -158,15 +160,22 @@ class _Walk:
         fit: Fit | None,
         narrow: Narrow | None,
     ) -> None:
-        self.inner, self.shape, self.kept = model.module.model, shape, list(kept)
+        self.inner: Any = model.module.model
+        self.shape, self.kept = shape, list(kept)
         self.before = shape_of(model)
         self.scratch, self.hints, self.fit, self.narrow = scratch, hints, fit, narrow
         self.tokens = torch.from_numpy(np.ascontiguousarray(windows)).long()
         self.batches = range(-(-len(windows) // BATCH))
         self.calls: dict[int, dict[str, Any]] = {}
+        same = replace(shape, layers=self.before.layers, hidden=self.before.hidden, tied=True)
+        cut = same != replace(self.before, tied=True)
+        # where plain scores choose, or nothing is to choose, and nothing is fitted, text is no use
+        self.streams = fit is not None or (cut and hints.scores is None)
 
     def run(self, progress: Tick) -> Drawing:
         out = Drawing(self.scratch, self.shape.dim)
+        if not self.streams:
+            self.batches = range(0)
         for b in self.batches:
             tokens = self.tokens[b * BATCH : (b + 1) * BATCH]
             hidden, kwargs = enter(self.inner, self.inner.layers[0], tokens)
@@ -194,8 +203,8 @@ class _Walk:
 
     def block(self, i: int, gap: range) -> tuple[Drawn, nn.Module]:
         """Draw layer i; ``gap``: the layers behind it that are dropped."""
-        dense = self.inner.layers[i]
-        draft = copy.deepcopy(dense) if self.narrow is None else self.narrow.block(i)
+        dense: Any = self.inner.layers[i]
+        draft: Any = copy.deepcopy(dense) if self.narrow is None else self.narrow.block(i)
         norms = dense.input_layernorm, draft.input_layernorm
         self.read(dense, draft, norms, QKV, "dense")
         for b in self.batches:
@@ -233,7 +242,8 @@ class _Walk:
             else:
                 w, c = self.whole(draft.get_submodule(DOWN).weight, gram, cross)
                 f = None if rows is None else rows[1]
-                chosen = neurons_of.by_damage(w, c, self.shape.neurons, f)
+                each = max(1, total // (self.fit.rounds if self.fit else 64))
+                chosen = neurons_of.by_damage(w, c, self.shape.neurons, f, each)
         self.write(draft.get_submodule(DOWN), gram, cross, chosen.kept)
         error = self.error()
         return Drawn(i, heads, chosen.kept, chosen.gone, chosen.costs, error), draft
@@ -252,8 +262,8 @@ class _Walk:
 
     def read(
         self,
-        dense: nn.Module,
-        draft: nn.Module,
+        dense: Any,
+        draft: Any,
         norms: tuple[nn.Module, nn.Module],
         names: Sequence[str],
         stream: str,
@@ -267,7 +277,7 @@ class _Walk:
         gram, cross = self.pairs(norms, stream)
         mix = self.fit.readers if self.narrow is None else 1.0
         fitted = refit(*targets(new, gram, old.double() @ cross, mix, self.fit.ridge))
-        for weight, value in zip(parts, fitted.split([len(p) for p in parts]), strict=True):
+        for weight, value in zip(parts, torch.split(fitted, [len(p) for p in parts]), strict=True):
             weight.copy_(value)
 
     def pairs(self, norms: tuple[nn.Module, nn.Module], stream: str) -> tuple[Tensor, Tensor]:
@@ -284,11 +294,13 @@ class _Walk:
             count += len(x)
         return gram / count, cross / count
 
-    def sums(self, stream: str, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    def sums(self, stream: str, layer: Any) -> tuple[Tensor, Tensor | None]:
         """E[s x x^T] of the inputs that are kept, and E[s t x^T] of what is to be written."""
         gram: Tensor | None = None
         cross: Tensor | None = None
         weight = 0.0
+        if not self.streams:
+            return torch.zeros(layer.in_features, layer.in_features), None
         for b in self.batches:
             x = self.get("x", b).flatten(0, 1)
             if not bool(torch.isfinite(x).all()):
@@ -324,11 +336,9 @@ class _Walk:
         target, c = targets(w, gram, cross, self.fit.writers, self.fit.ridge)
         return refit(target, c), c
 
-    def write(
-        self, layer: nn.Module, gram: Tensor, cross: Tensor | None, columns: Tensor | None
-    ) -> None:
+    def write(self, layer: Any, gram: Tensor, cross: Tensor | None, columns: Tensor | None) -> None:
         """Fit what is left of a layer that writes to the stream, and let it write."""
-        weight: Tensor = layer.weight  # type: ignore[assignment]
+        weight: Tensor = layer.weight
         columns = torch.arange(weight.shape[1]) if columns is None else columns
         if self.fit is not None:
             both = targets(weight, gram, cross, self.fit.writers, self.fit.ridge)

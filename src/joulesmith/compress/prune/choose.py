@@ -23,6 +23,8 @@ from joulesmith.compress.prune.shrink import (
     block_of,
     config_for,
     count,
+    gguf_refusal,
+    possible,
     read_per_token,
     rebuild,
     shape_of,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from joulesmith.compress.prune.structured import Shrink
     from joulesmith.models import Model
 
-TRIED = 32
+TRIED = 24
 """Windows on which shapes are tried; the final fit has all of them."""
 
 
@@ -105,13 +107,16 @@ class Chooser:
             damage if repaired else unrepaired,
             unrepaired,
             kept,
+            gguf_refusal(self.model, shape),
         )
         rebuild(self.model, shape, kept, drawing.state, ends)
         return found
 
     def _possible(self) -> None:
-        """Whether the shape that was asked for meets the budget, before any work."""
-        if self.step.explicit and (least := count(self.model, self.wanted)) > self.budget:
+        """Whether the shape that was asked for can be and meets the budget, before any work."""
+        config_for(self.model, self.wanted, range(self.wanted.layers))
+        least = count(self.model, self.wanted)
+        if self.step.parameters is not None and self.step.explicit and least > self.budget:
             raise JoulesmithError(
                 f"{self.wanted.words()} are {least} parameters, more than the {self.budget} wanted"
             )
@@ -214,6 +219,7 @@ class Chooser:
             trials=self.step.trials,
             read=lambda s: read_per_token(self.model, s),
             deepest=deepest,
+            allowed=lambda s: possible(self.model, s),
         )
 
     def _trial(self, shape: Shape, damage: float) -> Trial:
@@ -223,7 +229,8 @@ class Chooser:
         """Held-out damage of a shape, drawn on part of the windows."""
         with self._folder() as folder:
             some = self._some(self.fitted)
-            return self._draw(shape, self._kept(shape), some, folder, self.fit)[2]
+            rough = None if self.fit is None else replace(self.fit, rounds=16)
+            return self._draw(shape, self._kept(shape), some, folder, rough)[2]
 
     def _kept(self, shape: Shape) -> tuple[int, ...]:
         gone = set(self.layers.order[: self.before.layers - shape.layers])
@@ -308,7 +315,8 @@ class Chooser:
     def _some(self, windows: NDArray[np.int32]) -> NDArray[np.int32]:
         """At most `TRIED` of them, evenly spread."""
         at = np.unique(np.linspace(0, len(windows) - 1, TRIED).round().astype(int))
-        return windows[at]
+        found: NDArray[np.int32] = windows[at]
+        return found
 
     @contextmanager
     def _folder(self) -> Iterator[Path]:

@@ -114,7 +114,7 @@ def remove_groups(
     n = len(groups)
     if groups.ndim != 2 or not n or int(groups.max()) >= weight.shape[1] or int(groups.min()) < 0:
         raise JoulesmithError("groups name columns that are not there")
-    if len(groups.unique()) != groups.numel():
+    if len(set(groups.flatten().tolist())) != groups.numel():
         raise JoulesmithError("a column is in two groups")
     if not 1 <= keep <= n:
         raise JoulesmithError(f"of {n} groups, {keep} cannot be kept")
@@ -197,11 +197,13 @@ def _weights(rows: Tensor, n: int) -> Tensor:
     if tuple(f.shape) != (n,) or not bool((torch.isfinite(f) & (f >= 0)).all()):
         raise JoulesmithError(f"weights of rows must be {n} numbers, finite and not below 0")
     # rows that gradients never reached still hold something
-    return f + 1e-6 * f.mean() if float(f.sum()) > 0 else torch.ones_like(f)
+    filled: Tensor = f + 1e-6 * f.mean()
+    return filled if float(f.sum()) > 0 else torch.ones_like(f)
 
 
 def _cholesky(c: Tensor) -> Tensor:
     lower, info = torch.linalg.cholesky_ex(c.double())
     if int(info) != 0 or not bool(torch.isfinite(lower).all()):
         raise JoulesmithError("input moments are not positive definite: use a larger ridge")
-    return lower
+    found: Tensor = lower
+    return found

@@ -40,7 +40,7 @@ class Judge:
         self.calls: dict[int, dict[str, Any]] = {}
         tokens = torch.from_numpy(np.ascontiguousarray(windows)).long()
         with torch.no_grad():
-            for part in tokens.split(BATCH):
+            for part in torch.split(tokens, BATCH):
                 hidden, kwargs = enter(inner, inner.layers[0], part)
                 self.calls.setdefault(len(hidden), kwargs)
                 self.start.append(hidden)
@@ -100,7 +100,7 @@ class Judge:
 
 
 def _slices(x: Tensor) -> tuple[Tensor, ...]:
-    return x.flatten(0, 1).split(ROWS)
+    return torch.split(x.flatten(0, 1), ROWS)
 
 
 def split(

@@ -60,13 +60,13 @@ def search(
     trials: int,
     read: Callable[[Shape], int],
     deepest: int,
-    heads: bool = True,
+    allowed: Callable[[Shape], bool] = lambda _: True,
 ) -> list[Trial]:
     """Shapes tried, best first.
 
     shape: the model's. budget: most parameters. attempt: shape -> damage. trials: at most so
-    many. deepest: most layers that may go. Raises `JoulesmithError` where no shape
-    meets the budget.
+    many. deepest: most layers that may go. allowed: whether a shape can be stored.
+    Raises `JoulesmithError` where no shape meets the budget.
     """
     done: dict[Shape, Trial] = {}
 
@@ -74,7 +74,9 @@ def search(
         if not 0 <= gone <= deepest or queries < 1 or kv * queries * 2 < shape.kv * shape.queries:
             return None
         cut = replace(shape, layers=shape.layers - gone, kv=kv, queries=queries)
-        return neurons_for(cut, budget, count, multiple) if kv >= 1 else None
+        if kv < 1 or not allowed(cut):
+            return None
+        return neurons_for(cut, budget, count, multiple)
 
     def visit(gone: int, kv: int, queries: int) -> float:
         found = of(gone, kv, queries)
@@ -101,7 +103,7 @@ def search(
     while True:
         gone, kv, queries = here
         moves = [(gone - step, kv, queries), (gone + step, kv, queries)]
-        if step == 1 and heads:
+        if step == 1:
             moves += [(gone, kv - 1, queries), (gone, kv, queries - 1)]
             moves += [(gone - 1, kv - 1, queries), (gone - 1, kv, queries - 1)]
         best = min(moves, key=lambda m: visit(*m))

@@ -95,7 +95,8 @@ def count(model: Model, shape: Shape) -> int:
         else:  # norms: over the width, or over a head's elements
             block += shape.dim if owner in ("q_norm", "k_norm") else shape.hidden
     ends = model.module.config.vocab_size * shape.hidden * (1 if shape.tied else 2)
-    return shape.layers * block + ends + shape.hidden
+    total: int = shape.layers * block + ends + shape.hidden
+    return total
 
 
 def read_per_token(model: Model, shape: Shape) -> int:
@@ -106,7 +107,11 @@ def read_per_token(model: Model, shape: Shape) -> int:
 
 
 def config_for(model: Model, shape: Shape, kept: Sequence[int]) -> Any:
-    """The model's config with another shape; ``kept``: which of its layers are left."""
+    """The model's config with another shape; ``kept``: which of its layers are left.
+
+    Raises `JoulesmithError` for a shape that transformers would not read back: its Llama wants
+    a width that is a multiple of the number of heads, though the size of a head is given.
+    """
     config = copy.deepcopy(model.module.config)
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
@@ -123,7 +128,32 @@ def config_for(model: Model, shape: Shape, kept: Sequence[int]) -> Any:
     if shape.hidden != before and config.model_type != "qwen3":
         # mean squares are over fewer channels; Qwen3's norms of heads share the number
         config.rms_norm_eps *= before / shape.hidden
+    try:
+        type(config).from_dict(config.to_dict())
+    except Exception as e:  # transformers validates with its own exception types
+        line = (str(e).strip().splitlines() or [type(e).__name__])[-1].strip()[:200]
+        raise JoulesmithError(f"{shape.words()}: transformers refuses it: {line}") from e
     return config
+
+
+def gguf_refusal(model: Model, shape: Shape) -> str | None:
+    """Why llama.cpp does not load a GGUF of that shape; None where it does.
+
+    Its "llama" and "qwen3" read the size of a head from the file; its "qwen2" takes the width for
+    that of all heads together.
+    """
+    if model.architecture == "qwen2" and shape.kv * shape.queries * shape.dim != shape.hidden:
+        return "llama.cpp's qwen2 wants heads that are together as wide as the stream"
+    return None
+
+
+def possible(model: Model, shape: Shape) -> bool:
+    """Whether transformers and llama.cpp load a model of that shape."""
+    try:
+        config_for(model, shape, range(shape.layers))
+    except JoulesmithError:
+        return False
+    return gguf_refusal(model, shape) is None
 
 
 def cut_block(block: nn.Module, heads: Heads, neurons: Tensor, dim: int) -> dict[str, Tensor]:
@@ -233,7 +263,9 @@ __all__ = [
     "config_for",
     "count",
     "cut_block",
+    "gguf_refusal",
     "place",
+    "possible",
     "read_per_token",
     "rebuild",
     "shape_of",

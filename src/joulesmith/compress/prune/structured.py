@@ -43,7 +43,8 @@ class Shrunk:
     decisions: layers first, then the others in the order of going. trials: shapes tried, best
     first. repaired: whether the least-squares repair is in the model. damage: nats of KL per
     token on the held-out windows, with and without repair, None where it was not measured.
-    read: parameters read per decoded token, before and after.
+    read: parameters read per decoded token, before and after. gguf: why llama.cpp does not load
+    the shape, None where it does.
     """
 
     before: Shape
@@ -56,6 +57,7 @@ class Shrunk:
     damage: float | None
     unrepaired: float | None
     layers: tuple[int, ...]
+    gguf: str | None = None
 
     def notes(self) -> tuple[str, ...]:
         """In a few lines."""
@@ -73,6 +75,8 @@ class Shrunk:
             lines.append(
                 f"held-out KL {self.damage:.4f} nats a token; without repair {self.unrepaired:.4f}"
             )
+        if self.gguf is not None:
+            lines.append(f"no GGUF of this shape will load: {self.gguf}")
         if self.trials:
             first = self.trials[0]
             lines.append(

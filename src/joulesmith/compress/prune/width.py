@@ -56,7 +56,8 @@ def principal(moments: Tensor, width: int) -> Tensor:
     _, vectors = torch.linalg.eigh((m + m.T) / 2)
     found = vectors.flip(1)[:, :width]
     largest = found.abs().argmax(dim=0)
-    return found * found[largest, torch.arange(width)].sign()
+    signed: Tensor = found * found[largest, torch.arange(width)].sign()
+    return signed
 
 
 def channels(importance: Tensor, width: int) -> Tensor:
@@ -110,7 +111,7 @@ def stream_moments(model: Model, windows: NDArray[np.int32]) -> Tensor:
     handles = [m.register_forward_pre_hook(lambda _, args: add(args[0])) for m in mids]
     try:
         with products("medium"), torch.no_grad():
-            for part in torch.from_numpy(np.ascontiguousarray(windows)).long().split(BATCH):
+            for part in torch.split(torch.from_numpy(np.ascontiguousarray(windows)).long(), BATCH):
                 hidden, kwargs = enter(inner, inner.layers[0], part)
                 for layer in inner.layers:
                     add(hidden)
@@ -133,7 +134,7 @@ def narrow(model: Model, into: Tensor, factor: float, rotated: bool) -> tuple[Na
     layers, embedding = inner.layers, inner.embed_tokens.weight.detach().double()
 
     def block(i: int) -> nn.Module:
-        out = copy.deepcopy(layers[i])
+        out: Any = copy.deepcopy(layers[i])
         attention, mlp = out.self_attn, out.mlp
         readers = (
             (out.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
@@ -150,7 +151,8 @@ def narrow(model: Model, into: Tensor, factor: float, rotated: bool) -> tuple[Na
             _put(linear, "weight", into.T @ linear.weight.detach().double())
             if linear.bias is not None:
                 _put(linear, "bias", into.T @ linear.bias.detach().double())
-        return out
+        made: nn.Module = out
+        return made
 
     last = copy.deepcopy(inner.norm)
     final = last.weight.detach().double()
