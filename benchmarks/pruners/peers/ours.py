@@ -20,16 +20,16 @@ VARIANTS: dict[str, dict[str, str]] = {
 
 def warm_imports() -> None:
     """Imported before the clock starts."""
+    import joulesmith.compress.prune.step
     import joulesmith.compress.prune.walk  # noqa: F401
 
 
 def prune(model: Any, windows: Any, setting: Setting, variant: str, seed: int) -> Any:
-    """`prune_module` on the windows, in place."""
-    from joulesmith.compress.prune.walk import prune_module
+    """The step `Prune` on the windows, in place."""
+    from joulesmith.compress.prune.step import Prune
 
-    share = {} if setting.group else {"sparsity": setting.sparsity}
-    pattern = {"pattern": setting.name} if setting.group else {}
-    prune_module(model.module, windows, seed=seed, **share, **pattern, **VARIANTS[variant])
+    share = {"pattern": setting.name} if setting.group else {"sparsity": setting.sparsity}
+    Prune(**share, seed=seed, **VARIANTS[variant]).apply(model, windows)
     return model
 
 
