@@ -113,6 +113,9 @@ def test_packed_in_memory(pruned: models.Model, tmp_path: Path) -> None:
     norms = sum(p.numel() * 4 for p in dense.module.parameters() if p.dim() == 1)
     held = resident_bytes(packed.module) - norms
     assert held <= sum(s.bytes for s in sizes) + 1000  # rotary tables
+    fast = load_sparse(tmp_path / "out", packed=True, native=True)
+    with torch.no_grad():
+        assert torch.allclose(want, fast.module(IDS).logits, rtol=1e-3, atol=1e-3)
     half = load_sparse(tmp_path / "out", dtype=torch.bfloat16, packed=True)
     with torch.no_grad():
         assert half.module(IDS).logits.dtype == torch.bfloat16

@@ -148,11 +148,13 @@ def load_sparse(
     *,
     dtype: torch.dtype = torch.float32,
     packed: bool = False,
+    native: bool = False,
 ) -> Model:
     """Read a folder of `write_sparse`. The peak of memory is the model and one tensor.
 
     dtype: of the weights in memory. packed: keep the matrices packed, for inference only and
-    far slower (`engines.sparse_store`); else the model is as dense as any other. Raises
+    far slower (`engines.sparse_store`); else the model is as dense as any other. native: with
+    ``packed``, run them on a C kernel where one can be built (`engines.sparse_native`). Raises
     `JoulesmithError` in one line for a folder of another kind, damaged files, and NaN.
     """
     from safetensors import SafetensorError, safe_open
@@ -178,7 +180,7 @@ def load_sparse(
             stay = {n: r for n, r in refs.items() if packed and r.parameter in matrices}
             fill(module, {n: r for n, r in refs.items() if n not in stay}, shelf.read, dtype, at)
             for ref in stay.values():
-                _swap(module, ref.parameter, shelf)
+                _swap(module, ref.parameter, shelf, native=native)
     except (SafetensorError, OSError) as e:
         raise JoulesmithError(f"damaged weights: {at / WEIGHTS}: {e}: {_AGAIN}") from e
     _finish(module, dtype, finish, packed=packed)
@@ -200,13 +202,13 @@ def load_sparse(
     )
 
 
-def _swap(module: Any, parameter: str, shelf: _SparseShelf) -> None:
+def _swap(module: Any, parameter: str, shelf: _SparseShelf, *, native: bool) -> None:
     """A packed module in the place of the matrix, and of the head that is tied to it."""
     from joulesmith.engines.packed import sharing, swap
-    from joulesmith.engines.sparse_store import SparseStore
+    from joulesmith.engines.sparse_store import SparseStore, fastest
 
     weight = module.get_parameter(parameter)
-    store = shelf.told(parameter, SparseStore)
+    store = shelf.told(parameter, fastest if native else SparseStore)
     for name in sorted({parameter, *sharing(module, weight)}):
         swap(module, name, store)
 

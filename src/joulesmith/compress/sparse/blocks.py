@@ -13,13 +13,13 @@ from joulesmith.compress.sparse.bits import Bytes, Mask
 from joulesmith.compress.sparse.gaps import Gaps
 from joulesmith.errors import JoulesmithError
 
-SIDES = (1, 2, 4, 8, 16)
+SIDES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Blocks:
     """Blocks of ``height`` rows by ``width`` columns; the last ones may stick out.
 
-    Raises `JoulesmithError` for sides other than 1, 2, 4, 8 and 16.
+    Raises `JoulesmithError` for sides other than 1, 2, 4 ... 64.
     """
 
     exact = False

@@ -44,7 +44,7 @@ class Gaps:
         k = _best(runs)
         head: Bytes = np.frombuffer(_HEAD.pack(k | (_ZEROS if zeros else 0), len(runs)), np.uint8)
         if not len(runs):
-            return head.copy()
+            return np.array(head)
         ends = np.cumsum(runs >> k) + np.arange(len(runs))
         unary = np.zeros(int(ends[-1]) + 1, np.uint8)
         unary[ends] = 1

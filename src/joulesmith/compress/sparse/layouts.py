@@ -17,10 +17,10 @@ from joulesmith.errors import JoulesmithError
 
 TILE = 1 << 16
 """Weights coded at a time, about: what packing and unpacking hold beside the matrix."""
-_ROWS = 16
+_ROWS = 64
 """Rows of a tile are a multiple of this, so that blocks are not cut."""
 GROUPED = ((1, 4), (2, 4), (1, 8), (2, 8), (4, 8), (8, 16))
-BLOCKED = ((1, 16), (16, 1), (4, 4), (8, 8), (16, 16))
+BLOCKED = ((1, 16), (16, 1), (32, 1), (64, 1), (4, 4), (8, 8), (16, 16), (32, 32), (64, 64))
 
 
 class Layout(Protocol):

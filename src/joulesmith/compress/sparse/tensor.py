@@ -247,12 +247,10 @@ def read_tile(p: SparseTensor, tile: int) -> Tensor:
     """
     start, stop = _span(p, tile)
     if p.grid is not None:
-        lattice = _lattice(p, start, stop)
-        codes = torch.from_numpy(_codes(p, tile)).float() + p.grid.levels[0]
-        value = codes.view(stop - start, -1, p.grid.group)
-        if p.zeros is not None:
-            value -= lattice.stored[1][:, :, None]
-        return (value * lattice.step[:, :, None]).view(stop - start, p.columns)
+        level = torch.from_numpy(read_levels(p, tile)).float()
+        step = _lattice(p, start, stop).step[:, :, None]
+        # at most 9 bits times 11: float32 holds the product exactly
+        return (level.view(stop - start, -1, p.grid.group) * step).view(stop - start, p.columns)
     kept, raw = _kept(p, tile)
     kind = FLOATS[p.kind]
     out = np.zeros(kept.shape, np.int32 if p.kind == "F32" else np.int16)
@@ -261,6 +259,18 @@ def read_tile(p: SparseTensor, tile: int) -> Tensor:
     if not bool(torch.isfinite(found).all()):
         raise JoulesmithError("weights that are NaN or infinite")
     return found
+
+
+def read_levels(p: SparseTensor, tile: int) -> NDArray[np.int16]:
+    """(rows of the tile, columns): how many steps each weight of a grid is, 0 for zeros.
+
+    Raises `JoulesmithError` as `read_tile` does.
+    """
+    assert p.grid is not None
+    start, stop = _span(p, tile)
+    zeros = None if p.zeros is None else p.zeros[start:stop]
+    zero = _zero_codes(p.grid, zeros, stop - start, p.columns)
+    return _codes(p, tile).astype(np.int16) - zero
 
 
 def _span(p: SparseTensor, tile: int) -> tuple[int, int]:
