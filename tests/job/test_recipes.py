@@ -16,7 +16,7 @@ from joulesmith.engines import get_engine
 from joulesmith.errors import JoulesmithError
 from joulesmith.export.gguf_packed import stored_type, to_blocks
 from joulesmith.gguf_file import read_gguf
-from joulesmith.job.quantize import Quantized, quantize
+from joulesmith.job.quantize import Made, quantize
 from joulesmith.models import gguf_weight, load
 from joulesmith.progress import Progress
 from joulesmith.text import english, read
@@ -30,7 +30,7 @@ def recipe(path: Path, *steps: str, calibration: str = "") -> Path:
     return path
 
 
-def made(model: Path, out: Path, form: str, given: Path | None = None, **more: object) -> Quantized:
+def made(model: Path, out: Path, form: str, given: Path | None = None, **more: object) -> Made:
     kind = more.pop("kind", None)
     return quantize(str(model), kind, out, recipe=given, form=form, progress=QUIET, **more)  # type: ignore[arg-type]
 

@@ -1,11 +1,11 @@
-"""Commands that make models: `optimize` and `quantize`."""
+"""Commands that make models: `optimize`, `compress` and `quantize`."""
 
 from __future__ import annotations
 
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -24,6 +24,9 @@ from joulesmith.cli.common import (
     show,
 )
 from joulesmith.errors import JoulesmithError
+
+if TYPE_CHECKING:
+    from joulesmith.job.quantize import Made
 
 
 @app.command()
@@ -182,10 +185,7 @@ def quantize(
     from joulesmith.job.quantize import quantize as run
     from joulesmith.progress import Progress
 
-    if map_ is not None and not map_.parent.is_dir():
-        raise JoulesmithError(f"no such folder for --map: {map_.parent}")
-    if map_ is not None and (map_.is_dir() or not os.access(map_.parent, os.W_OK)):
-        raise JoulesmithError(f"cannot write --map {map_}: give the name of an HTML file")
+    _check_map(map_)
     if format_ is None:
         format_ = "gguf" if out.suffix.lower() == ".gguf" else "compressed-tensors"
     with interruptible("the same command goes on where it stopped"):
@@ -204,17 +204,157 @@ def quantize(
             form=format_,
             progress=Progress({}),
         )
+    _tell(found, json_, map_, f"{found.type} of {model}")
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write; for a GGUF, file FILE.gguf.")],
+    prune: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="SHARE|COUNT|N:M",
+            help="Set weights to zero: 0.5 is half of those in the blocks, 90M as many as leave 90 "
+            "million in the model, 2:4 two of every four.",
+        ),
+    ] = None,
+    shrink: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="SHARE|COUNT|PARTS",
+            help="A smaller dense model: 0.8 of its parameters, 90M of them, or parts by name: "
+            "layers=24,neurons=0.8,heads=0.75,width=512.",
+        ),
+    ] = None,
+    type_: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--type", help="Quantize afterwards, as  joulesmith quantize  does."),
+    ] = None,
+    format_: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            "--format",
+            help="transformers, gguf, sparse (zeros left out), compressed-tensors, onnx or "
+            "openvino. Default: gguf where --out ends so; sparse with --prune, compressed-tensors "
+            "with --type, else transformers.",
+        ),
+    ] = None,
+    method: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Of --prune: admm (default), sparsegpt; or by a score alone: wanda, magnitude, "
+            "taylor, fisher, movement, update."
+        ),
+    ] = None,
+    pattern: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Of --prune: unstructured (default), row, or block:4x4."),
+    ] = None,
+    allocation: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Of --prune, how layers share the zeros: damage (least predicted loss; default), "
+            "threshold (one score for all) or uniform."
+        ),
+    ] = None,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Of --prune: least squares for what a score leaves."),
+    ] = False,
+    before: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            metavar="MODEL", help="Of --method movement and update: the model before training."
+        ),
+    ] = None,
+    layers: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            metavar="PATTERN", help='Of --prune: only these, such as "*.mlp.*". May be repeated.'
+        ),
+    ] = None,
+    calib: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Text file to calibrate on. Default: the model's own samples."),
+    ] = None,
+    eval_: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--eval", help="Text file to judge on. Default: English that Python ships."),
+    ] = None,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Print per layer what went and why."),
+    ] = False,
+    map_: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--map", help="HTML file to write: the same as a heat map."),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Seed of sampling, of drawn labels and of splits. Default: 0."),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Take weights, neurons, heads and layers out of a model; say what is kept.
+
+    --shrink gives a smaller dense model, which every engine runs faster. --prune makes zeros:
+    the file is smaller, and no engine here runs it faster. What is left is fitted to make up
+    for what went; nothing is trained. The recipe is written with the model. The same command
+    again goes on where it stopped.
+    """
+    from joulesmith.job.compress import compress as run
+    from joulesmith.progress import Progress
+
+    _check_map(map_)
+    given = {
+        "method": method, "pattern": pattern, "allocation": allocation, "repair": repair or None,
+        "before": before, "layers": None if not layers else tuple(layers),
+    }  # fmt: skip
+    with interruptible("the same command goes on where it stopped"):
+        found = run(
+            model,
+            out,
+            prune=prune,
+            shrink=shrink,
+            kind=type_,
+            form=format_,
+            settings={k: v for k, v in given.items() if v is not None},
+            calib=calib,
+            evaluation=eval_,
+            seed=seed,
+            progress=Progress({}),
+        )
+    _tell(found, json_, map_, model, explain=explain)
+
+
+def _check_map(path: Path | None) -> None:
+    if path is not None and not path.parent.is_dir():
+        raise JoulesmithError(f"no such folder for --map: {path.parent}")
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise JoulesmithError(f"cannot write --map {path}: give the name of an HTML file")
+
+
+def _tell(
+    found: Made, json_: bool, path: Path | None, title: str, *, explain: bool = False
+) -> None:
     if json_:
         print_json(found)
     else:
-        from joulesmith.report.model_tables import render_quantized
+        from joulesmith.report.model_tables import render_made, render_removed
 
-        render_quantized(found, console())
-    if map_ is not None:
-        from joulesmith.report import damage_of, heat_map_page
+        render_made(found, console())
+        if explain:
+            render_removed(found, console())
+    if path is None:
+        return
+    from joulesmith.report import damage_of, heat_map_page
+    from joulesmith.report.heat_map import removed_of
 
-        damage = {n: d for n, d in found.damage.items() if n in found.types}
-        if damage:
-            heat_map_page(damage_of(damage, found.types, title=f"{found.type} of {model}"), map_)
-        else:
-            print("joulesmith: no --map: this recipe predicts no damage", file=sys.stderr)
+    damage = {n: d for n, d in found.damage.items() if n in found.types}
+    if found.pruned or found.shrunk is not None:
+        heat_map_page(removed_of(found, title=title), path)
+    elif damage:
+        heat_map_page(damage_of(damage, found.types, title=title), path)
+    else:
+        print("joulesmith: no --map: this recipe predicts no damage", file=sys.stderr)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from joulesmith.compress.layers import Linear, linears_of
 from joulesmith.compress.stream import Batch, Streams, call, hidden_of
+from joulesmith.compress.taps import tapped
 from joulesmith.errors import JoulesmithError
 
 Labels = Literal["drawn", "given"]
@@ -38,8 +39,8 @@ def backward(
     """Call ``visit`` for every linear layer inside the module's blocks and every batch.
 
     The loss is -log p(label), summed over places, where the module gives logits; for other
-    outputs half the squared distance to the output itself, of unit variance. Layers of fused
-    experts are left out. Raises `JoulesmithError` where there is nothing to differentiate.
+    outputs half the squared distance to the output itself, of unit variance. Raises
+    `JoulesmithError` where there is nothing to differentiate.
     """
     generator = torch.Generator().manual_seed(seed)
     wanted = [(p, p.requires_grad) for p in module.parameters()]
@@ -149,25 +150,22 @@ class _Outputs:
     """Keeps inputs of linear layers and the gradients at their outputs during a pass."""
 
     def __init__(self, layers: dict[str, Linear]) -> None:
-        self.layers = {n: x for n, x in layers.items() if x.expert is None}
+        self.layers = layers
         self.x: dict[str, list[Tensor]] = {}
         self.g: dict[str, list[Tensor]] = {}
 
     def __enter__(self) -> _Outputs:
         self.stack = ExitStack()
-        for name, layer in self.layers.items():
-
-            def note(
-                _: nn.Module, args: tuple[Any, ...], out: Tensor, name: str = name
-            ) -> Tensor | None:
-                if not out.requires_grad:
-                    out = out.detach().requires_grad_(True)
-                self.x.setdefault(name, []).append(args[0].detach())
-                out.register_hook(lambda g, name=name: self.g.setdefault(name, []).append(g))  # type: ignore[no-untyped-call]
-                return out
-
-            self.stack.callback(layer.owner.register_forward_hook(note).remove)
+        self.stack.enter_context(tapped(self.layers, after=self._note))
         return self
+
+    def _note(self, name: str, x: Tensor, out: Tensor) -> Tensor:
+        if not out.requires_grad:
+            out = out.detach().requires_grad_(True)
+        self.x.setdefault(name, []).append(x.detach())
+        kept = self.g.setdefault(name, [])
+        out.register_hook(kept.append)  # type: ignore[no-untyped-call]
+        return out
 
     def __exit__(self, *exc: object) -> None:
         self.stack.close()
@@ -175,6 +173,8 @@ class _Outputs:
     def told(self, visit: Visit) -> None:
         """Hand over what was caught; a layer that is called twice is one with all its calls."""
         for name, gradients in self.g.items():
+            if not gradients:
+                continue
             x = torch.cat([v.flatten(0, -2) for v in self.x[name]])
             g = torch.cat([v.flatten(0, -2) for v in reversed(gradients)])
             visit(name, self.layers[name], x, g)

@@ -115,11 +115,11 @@ def _step(plain: Any, index: int, path: Path) -> Step:
         known, name = ", ".join(sorted(REGISTRY)), str(plain["step"])[:40]
         raise JoulesmithError(f"unknown step {name!r}: {where}: known are {known}") from e
     except (ValidationError, TypeError) as e:
-        text = _first(e) if isinstance(e, ValidationError) else str(e)
+        text = first_error(e) if isinstance(e, ValidationError) else str(e)
         raise JoulesmithError(f"bad settings of {plain['step']}: {where}: {text}") from e
 
 
-def _first(e: ValidationError) -> str:
+def first_error(e: ValidationError) -> str:
     """The first thing wrong, with the setting that it is about."""
     found = e.errors()[0]
     name = ".".join(str(part)[:40] for part in found["loc"])

@@ -14,6 +14,7 @@ from joulesmith.progress import Tick, silent
 if TYPE_CHECKING:
     import torch
 
+    from joulesmith.compress.prune.structured import Shrunk
     from joulesmith.compress.prune.walk import Pruned
     from joulesmith.compress.quantize.activations import InputQuantizer
     from joulesmith.compress.quantize.kv_cache import KVScheme
@@ -31,7 +32,7 @@ class StepRecord:
     parameters in place leaves it empty. inputs: module name -> what rounds a linear layer's
     inputs. cache: how keys and values are cached. factors: GGUF tensor name -> (outer, inner),
     whose product is added to the packed matrix; rows in GGUF's order. pruned: layer by layer what
-    became zero.
+    became zero. shrunk: what a smaller model lost.
     """
 
     step: str
@@ -41,6 +42,7 @@ class StepRecord:
     cache: KVScheme | None = None
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     pruned: tuple[Pruned, ...] = ()
+    shrunk: Shrunk | None = None
 
 
 class Step(BaseModel):

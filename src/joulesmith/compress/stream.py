@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from joulesmith.compress.layers import Linear, blocks_of, linears_of
+from joulesmith.compress.taps import experts_one_by_one, tapped
 from joulesmith.errors import JoulesmithError
 
 BATCH = 4
@@ -105,6 +105,7 @@ class Streams:
         )
         self.folder = Path(folder)
         self._stack.enter_context(torch.no_grad())
+        self._stack.enter_context(experts_one_by_one(self.module))
         training = self.module.training
         self._stack.callback(self.module.train, training)
         self.module.eval()
@@ -226,10 +227,12 @@ class Block:
         self._advance(before)
 
     def _order(self, chosen: dict[str, Linear]) -> list[dict[str, Linear]]:
-        with _Taps(chosen) as taps:
+        seen: list[tuple[str, Tensor]] = []
+        with tapped(chosen, before=lambda name, x: seen.append((name, x))):
             self.streams.run(self.module, 0, self.streams.get(0, 0))
+        seen += [(n, chosen[n].matrix) for n in chosen if n not in {m for m, _ in seen}]
         groups: list[tuple[Any, dict[str, Linear]]] = []
-        for name, x in taps.seen:
+        for name, x in seen:
             key = (x.data_ptr(), x.shape, x.stride())
             if groups and groups[-1][0] == key:
                 groups[-1][1][name] = chosen[name]
@@ -240,19 +243,21 @@ class Block:
     def _stats(self, groups: list[dict[str, Linear]], before: nn.Module | None) -> list[InputStats]:
         s, heads = self.streams, [next(iter(g)) for g in groups]
         found: dict[str, InputStats] = {}
+        # An expert is sent other tokens by now than it was: there is no pair of inputs.
+        paired = [n for n in heads if before is not None and self.layers[n].expert is None]
         originals = linears_of(before, self.name) if before is not None else {}
         for b in range(len(s.batches)):
             now = self._inputs(self.module, {n: self.layers[n] for n in heads}, 0, b)
             was = {}
-            if before is not None:
-                was = self._inputs(before, {n: originals[n] for n in heads}, 1, b)
+            if before is not None and paired:
+                was = self._inputs(before, {n: originals[n] for n in paired}, 1, b)
             for name in heads:
                 if name not in now:
                     continue
                 x = now[name]
                 if name not in found:
                     n = x.shape[1]
-                    cross = None if before is None else torch.zeros(n, n)
+                    cross = torch.zeros(n, n) if name in paired else None
                     found[name] = InputStats(
                         torch.zeros(n, n), cross, torch.zeros(n), torch.zeros(n)
                     )
@@ -267,6 +272,10 @@ class Block:
                 else:
                     t.dense_mean += x.sum(0)
         for name in heads:
+            if name not in found and self.layers[name].expert is not None:
+                # No token went to that expert: all of its inputs count the same.
+                n = self.layers[name].shape[1]
+                found[name] = InputStats(torch.eye(n), None, torch.zeros(n), torch.zeros(n), 1)
             if name not in found:
                 raise JoulesmithError(
                     f"calibration never reached the layer {name}: give more of it"
@@ -287,11 +296,15 @@ class Block:
         """Name -> (vectors, columns) that reach each layer; ends as soon as all are known."""
         caught: dict[str, Tensor] = {}
         single = len(layers) == 1 and all(x.expert is None for x in layers.values())
-        with _Taps(layers, stop=single) as taps, contextlib.suppress(_ReachedError):
-            self.streams.run(block, b, self.streams.get(stream, b))
-        for name, x in taps.seen:
-            flat = x.reshape(-1, x.shape[-1]).float()
+
+        def note(name: str, x: Tensor) -> None:
+            flat = x.detach().reshape(-1, x.shape[-1]).float()
             caught[name] = torch.cat([caught[name], flat]) if name in caught else flat
+            if single:
+                raise _ReachedError
+
+        with tapped(layers, before=note), contextlib.suppress(_ReachedError):
+            self.streams.run(block, b, self.streams.get(stream, b))
         return caught
 
     def _advance(self, before: nn.Module | None) -> None:
@@ -307,51 +320,6 @@ class Block:
 
 class _ReachedError(Exception):
     """Ends a forward pass at the layer whose input is wanted."""
-
-
-class _Taps(TorchFunctionMode):
-    """Notes what reaches linear layers: of modules by hooks, of fused experts by the call."""
-
-    def __init__(self, layers: Mapping[str, Linear], stop: bool = False) -> None:
-        super().__init__()
-        self.layers, self.stop = layers, stop
-        self.seen: list[tuple[str, Tensor]] = []
-        self._experts = {
-            (x.stored.data_ptr(), x.matrix.storage_offset()): n
-            for n, x in layers.items()
-            if x.expert is not None
-        }
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> _Taps:
-        for name, layer in self.layers.items():
-            if layer.expert is None:
-
-                def note(_: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                    self.seen.append((name, args[0].detach()))
-                    if self.stop:
-                        raise _ReachedError
-
-                self._handles.append(layer.owner.register_forward_pre_hook(note))
-        if self._experts:
-            super().__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-        if self._experts:
-            super().__exit__(*exc)  # type: ignore[no-untyped-call]
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is nn.functional.linear and len(args) > 1:
-            w = args[1]
-            name = self._experts.get((w.untyped_storage().data_ptr(), w.storage_offset()))
-            if name is not None:
-                self.seen.append((name, args[0].detach()))
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

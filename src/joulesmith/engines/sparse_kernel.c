@@ -213,3 +213,30 @@ void joulesmith_sparse(const matrix *m, int64_t start, int64_t stop, int32_t cou
     default: KINDS(4); break;
     }
 }
+
+/* Rows in tiles that share their columns: m holds only those, and columns (tiles, 64 m->blocks)
+   says which of x's they are. x (count, stride) -> out (count, rows), tiles start to stop. room:
+   for count * (100 m->blocks) + m->groups + 4 m->blocks floats. rounds: 16-bit inputs. */
+void joulesmith_columns(const matrix *m, const int32_t *columns, int64_t height, int64_t start,
+                        int64_t stop, int32_t count, const float *x, int64_t stride, float *out,
+                        int64_t rows, float *room, int32_t rounds)
+{
+    int64_t wide = 64 * m->blocks;
+    float *scales = room + count * wide, *steps = scales + count * m->blocks;
+    int16_t *whole = (int16_t *)(steps + m->groups + 4 * m->blocks);
+    for (int64_t t = start; t < stop; t++) {
+        const int32_t *from = columns + t * wide;
+        for (int j = 0; j < count; j++) {
+            for (int64_t c = 0; c < wide; c += 16)
+                _mm512_storeu_ps(room + j * wide + c,
+                                 _mm512_i32gather_ps(_mm512_loadu_si512(from + c), x + j * stride, 4));
+            if (rounds)
+                joulesmith_inputs(room + j * wide, m->blocks, whole + j * wide, scales + j * m->blocks);
+        }
+        int64_t first = t * height, last = first + height < rows ? first + height : rows;
+        if (rounds)
+            joulesmith_sparse16(m, first, last, count, whole, scales, out, rows, steps);
+        else
+            joulesmith_sparse(m, first, last, count, room, out, rows, steps);
+    }
+}

@@ -1,4 +1,4 @@
-"""The formats that `joulesmith quantize` writes: what each can hold, told before any work.
+"""The formats that `quantize` and `compress` write: what each can hold, told before any work.
 
 One recipe may be written in any of them that hold its types. Knows types and names; what
 the bytes look like is each exporter's own business.
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from joulesmith.models import Model
 
 GGUF = "gguf"
-FORMATS = ("compressed-tensors", GGUF, "onnx", "openvino")
+PLAIN, SPARSE = "transformers", "sparse"
+FORMATS = ("compressed-tensors", GGUF, "onnx", "openvino", PLAIN, SPARSE)
 ADAPTERS = (GGUF, "compressed-tensors")
 """Formats whose engines add low-rank factors as they run, from an adapter beside the model."""
 UNTOUCHED = "F16"
@@ -58,6 +59,16 @@ def check(form: str, ref: TensorRef, kind: str, scheme: Scheme | None = None) ->
             raise _refused(form, ref, kind, gguf_packed.ADVICE)
         return
     if kind == UNTOUCHED:
+        return
+    if form == PLAIN:
+        raise _refused(form, ref, kind, "a plain folder is float16: give --format another name")
+    if form == SPARSE:
+        from joulesmith.compress.quantize.integers import by_name
+
+        if scheme is not None:
+            raise _refused(form, ref, f"{kind} with rounded inputs", _PLACE)
+        if by_name(kind) is None:
+            raise _refused(form, ref, kind, "give INT8-G64, INT4-G32, INT8-ROW ...")
         return
     if kind in _CASTS:
         raise _refused(form, ref, kind, "give F16, in which it stores what is not quantized")
@@ -121,6 +132,13 @@ def write(
 
         return write_packed(model, packed, out, provenance={"version": __version__})
     packed = {n: p for n, p in packed.items() if p[0] != UNTOUCHED}
+    if form == PLAIN:
+        return _write_plain(model, out)
+    if form == SPARSE:
+        from joulesmith.export.sparse_folder import write_sparse
+
+        vectors = sum(2 * int(p.numel()) for p in model.module.parameters() if p.ndim == 1)
+        return vectors + sum(s.bytes for s in write_sparse(model, out, packed))
     if form == "onnx":
         from joulesmith.export.onnx import export_onnx
 
@@ -132,6 +150,24 @@ def write(
     from joulesmith.export.compressed_tensors import write_compressed
 
     return write_compressed(model, packed, out, inputs=inputs)
+
+
+def _write_plain(model: Model, out: Path) -> int:
+    """A folder of float16, which the weights are rounded to already."""
+    from joulesmith.models import save
+    from joulesmith.weights import set_dtype
+
+    module = model.module
+    before = next(module.parameters()).dtype
+    module.half()
+    set_dtype(module.config, next(module.parameters()).dtype)
+    try:
+        save(model, out)
+        total: int = sum(p.numel() * p.element_size() for p in module.parameters())
+        return total
+    finally:
+        module.to(before)
+        set_dtype(module.config, before)
 
 
 def write_adapter(

@@ -24,6 +24,8 @@ from joulesmith.models import EMBEDDING, set_gguf_weight
 from joulesmith.progress import Progress, Tick
 
 if TYPE_CHECKING:
+    from joulesmith.compress.prune.structured import Shrunk
+    from joulesmith.compress.prune.walk import Pruned
     from joulesmith.compress.quantize.activations import InputQuantizer
     from joulesmith.compress.quantize.kv_cache import KVScheme
     from joulesmith.compress.recipe import Recipe
@@ -42,7 +44,8 @@ class Applied:
 
     packed: GGUF name -> (type, packed rows). inputs: module name -> what rounds its inputs.
     damage: GGUF name -> predicted KL of rounding, nats a token. factors: GGUF name -> two
-    matrices whose product is added. smoothing: sets of factors folded.
+    matrices whose product is added. smoothing: sets of factors folded. pruned, shrunk: as
+    `StepRecord` has them.
     """
 
     packed: dict[str, tuple[str, Bytes]] = field(default_factory=dict)
@@ -52,6 +55,8 @@ class Applied:
     notes: list[str] = field(default_factory=list)
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     smoothing: int = 0
+    pruned: tuple[Pruned, ...] = ()
+    shrunk: Shrunk | None = None
 
 
 def apply(
@@ -61,10 +66,15 @@ def apply(
     inputs: Inputs,
     workspace: Workspace,
     show: Progress,
+    done: Applied | None = None,
 ) -> Applied:
-    """Run all steps. Rounding and learning go on where an interrupted run stopped; the other
-    steps are done again, with the same outcome. Raises `JoulesmithError` as the steps do."""
-    done = Applied(notes=list(fitted.notes))
+    """Run all steps, after those of ``done``.
+
+    Rounding and learning go on where an interrupted run stopped; the other steps are done
+    again, with the same outcome. Raises `JoulesmithError` as the steps do.
+    """
+    done = done or Applied()
+    done.notes += fitted.notes
     for i, step in enumerate(recipe.steps):
         if isinstance(step, Quantize):
             folder = workspace.work / ("packed" if len(fitted.by_step) == 1 else f"packed-{i}")
@@ -76,6 +86,8 @@ def apply(
         done.notes += [n for n in record.notes if n not in done.notes]
         done.inputs |= record.inputs
         done.cache = record.cache or done.cache
+        done.pruned += record.pruned
+        done.shrunk = record.shrunk or done.shrunk
         if record.packed:
             done.packed |= record.packed
             done.factors |= record.factors

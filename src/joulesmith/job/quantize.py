@@ -10,8 +10,9 @@ both.
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +40,8 @@ from joulesmith.workspace import Workspace, file_identity
 
 if TYPE_CHECKING:
     from joulesmith.architectures import TensorRef
+    from joulesmith.compress.prune.structured import Shrunk
+    from joulesmith.compress.prune.walk import Pruned
     from joulesmith.compress.quantize.smooth_step import Smoothed
     from joulesmith.models import Model
     from joulesmith.plan.candidates import Candidates
@@ -59,11 +62,11 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Quantized:
+class Made:
     """What came out.
 
     folder: of the model, or its file. bytes: of its weights. bits_per_weight: of the matrices
-    inside blocks as they are stored, scales and zeros counted. quality: of the weights in
+    inside blocks as they are stored, scales and places counted. quality: of the weights in
     torch, inputs rounded where the type does that. damage: layer name -> predicted KL, nats a
     token. origin: of the weights that it is compared with. inputs: what rounds the inputs of
     the quantized layers, in words, None where nothing does. by_token: layers
@@ -73,7 +76,9 @@ class Quantized:
     scales tuned. types: GGUF name -> type of each quantized matrix. notes: what the recipe's
     steps had to tell. recipe: the file that makes the same again. adapter: LoRA beside the
     model that it was judged with, None where there is none. engine: what ran the
-    written file, and engine_quality its quality there; None where it was not run.
+    written file, and engine_quality its quality there; None where it was not run. pruned,
+    shrunk: what went, layer by layer and part by part. parameters: before and after, zeros
+    counted as any other.
     """
 
     folder: str
@@ -95,6 +100,9 @@ class Quantized:
     adapter: str | None = None
     engine: str | None = None
     engine_quality: Quality | None = None
+    pruned: tuple[Pruned, ...] = ()
+    shrunk: Shrunk | None = None
+    parameters: tuple[int, int] = (0, 0)
 
 
 def quantize(
@@ -112,7 +120,7 @@ def quantize(
     embedding: str | None = None,
     form: str = "compressed-tensors",
     progress: Progress | None = None,
-) -> Quantized:
+) -> Made:
     """Quantize ``model`` and write it to ``out``: a new folder, or for GGUF a new file.
 
     kind: the type of all matrices in blocks ("INT4-G128", "W8A8", "Q4_K"), None for the
@@ -129,11 +137,8 @@ def quantize(
     """
     from joulesmith.compress.quantize.grids import grid
     from joulesmith.compress.quantize.kv_cache import DEFAULTS
-    from joulesmith.models import load
 
     forms.ready(form)
-    if form == forms.GGUF:
-        get_engine("llama.cpp")
     if effort not in EFFORTS:
         raise JoulesmithError(f"--effort {effort}: give one of {', '.join(EFFORTS)}")
     if kv_cache is not None and kv_cache not in DEFAULTS:
@@ -146,11 +151,48 @@ def quantize(
                 "--kv-cache"
             )
         calib, seed, share = recipes.calibration_of(given, calib, seed)
-    seed = 0 if seed is None else seed
     kind = recipes.DEFAULT.get(form, "INT4-G64") if kind is None else kind
     for name in (kind, embedding):
         if name is not None and name not in SCHEMES:
             grid(name)  # told before the model is loaded
+    number = 0 if seed is None else seed
+
+    def recipe_for(loaded: Model) -> Recipe:
+        if given is not None:
+            return given
+        return recipes.recipe_of(
+            loaded, form, kind, effort=effort, rotate=rotate, kv_cache=kv_cache,
+            embedding=embedding, seed=number,
+        )  # fmt: skip
+
+    found = run_recipe(
+        model, out, form, recipe_for,
+        calib=calib, evaluation=evaluation, seed=number, share=share, progress=progress,
+    )  # fmt: skip
+    return replace(found, type="recipe" if given is not None else kind, effort=effort)
+
+
+def run_recipe(
+    model: str,
+    out: Path,
+    form: str,
+    recipe_for: Callable[[Model], Recipe],
+    *,
+    calib: str | None,
+    evaluation: str | None,
+    seed: int,
+    share: float = 1.0,
+    progress: Progress | None = None,
+) -> Made:
+    """Apply the recipe that ``recipe_for`` gives for the loaded model, judge, write to ``out``.
+
+    share: of the usual calibration windows. The other arguments, files and errors as `quantize`.
+    """
+    from joulesmith.models import load
+
+    forms.ready(form)
+    if form == forms.GGUF:
+        get_engine("llama.cpp")
     check_texts(calib, evaluation)
     _check_out(out, form)
     return_large_blocks()
@@ -159,29 +201,28 @@ def quantize(
         show.expected.setdefault(name, cost)
     with show.stage("load"):
         loaded = load(model)
-        if given is None:
-            steps = recipes.recipe_of(
-                loaded, form, kind, effort=effort, rotate=rotate, kv_cache=kv_cache,
-                embedding=embedding, seed=seed,
-            )  # fmt: skip
-        else:
-            steps, kind = given, "recipe"
-        fitted = recipes.fit(steps, loaded, form)
+        steps = recipe_for(loaded)
+        if not steps.steps:
+            raise JoulesmithError("the recipe has no steps: give it one, such as quantize")
+        first, rest = recipes.parted(steps)
+        # A model that is made smaller first is fitted when its shapes are known.
+        fitted = None if first.steps else recipes.fit(rest, loaded, form)
     windows = [round(CALIBRATION * share), LENGTH]
     told = {"calib": calib, "seed": seed, "windows": windows} | digest_of(calib)
     steps = replace(steps, model=loaded.name, calibration=told)
     arguments: dict[str, Any] = {
         "model": model, "recipe": steps.to_plain(), "eval": file_identity(evaluation),
         "calib": file_identity(calib), "seed": seed, "model_file": file_identity(model),
+        "format": form,
     }  # fmt: skip
     whole = out.resolve()  # "." has no name
     beside = whole.with_name(whole.name + ".work")
     with Workspace(beside, arguments) as workspace:
         with show.stage("text") as tick:
             inputs = gather(loaded, calib, evaluation, workspace.work, seed, share, tick)
-        found = _run(loaded, steps, fitted, form, inputs, whole, workspace, show)
+        found = _run(loaded, steps, first, rest, fitted, form, inputs, whole, workspace, show)
     shutil.rmtree(beside, ignore_errors=True)
-    return replace(found, folder=str(out), type=kind, effort=effort)
+    return replace(found, folder=str(out))
 
 
 def _check_out(out: Path, form: str) -> None:
@@ -208,20 +249,27 @@ def beside_of(out: Path) -> Path:
 def _run(
     model: Model,
     recipe: Recipe,
-    fitted: recipes.Fitted,
+    first: Recipe,
+    rest: Recipe,
+    fitted: recipes.Fitted | None,
     form: str,
     inputs: Inputs,
     out: Path,
     workspace: Workspace,
     show: Progress,
-) -> Quantized:
+) -> Made:
     from joulesmith.engines.torch_engine import TorchSession
+
+    whole = model.parameters
 
     with show.stage("reference") as tick, TorchSession(model.module) as session:
         reference = write_reference(
             session, inputs.final, workspace.work / "final.npy", inputs.evaluation_text, tick
         )
-    done = apply.apply(model, recipe, fitted, inputs, workspace, show)
+    begun = apply.apply(model, first, recipes.Fitted(), inputs, workspace, show)
+    if fitted is None:
+        fitted = recipes.fit(rest, model, form)
+    done = apply.apply(model, rest, fitted, inputs, workspace, show, begun)
     apply.as_stored(model, done.packed, vectors=form != forms.GGUF)
     cached: Cache | None = None
     with ExitStack() as stack:
@@ -250,6 +298,7 @@ def _run(
         adapter = None
         if done.factors:
             adapter = forms.write_adapter(form, model, done.factors, staged)
+    bits = _sparse_bits(staged) if form == forms.SPARSE else None
     engine, engine_quality = None, None
     if form == forms.GGUF:
         engine, engine_quality = _in_llama(staged, adapter, reference, show)
@@ -257,15 +306,17 @@ def _run(
     types = {n: k for n, (k, _) in done.packed.items()}
     stored = [(r.shape[0] * r.shape[1], types.get(r.name, forms.UNTOUCHED)) for r in blocks]
     counted = stored if not inside else [(r.shape[0] * r.shape[1], types[r.name]) for r in inside]
+    if bits is None:
+        spent = sum(n * forms.bits_per_weight(form, k) for n, k in counted)
+        bits = spent / sum(n for n, _ in counted)
     static = any(not q.scheme.dynamic for q in done.inputs.values())
     by_token = tuple(r.name for r in inside if static and done.inputs[module_of(r)].scheme.dynamic)
     scheme = fitted.scheme
-    return Quantized(
+    return Made(
         folder=str(out),
         type="",
         bytes=size,
-        bits_per_weight=sum(n * forms.bits_per_weight(form, k) for n, k in counted)
-        / sum(n for n, _ in counted),
+        bits_per_weight=bits,
         quality=quality,
         damage=done.damage,
         origin=model.origin,
@@ -280,7 +331,21 @@ def _run(
         adapter=None if adapter is None else str(adapter),
         engine=engine,
         engine_quality=engine_quality,
+        pruned=done.pruned,
+        shrunk=done.shrunk,
+        parameters=(whole, model.parameters),
     )
+
+
+def _sparse_bits(folder: Path) -> float:
+    """Bits per weight of the blocks' matrices as they lie there, places of zeros counted."""
+    from joulesmith.formats.packed import place
+    from joulesmith.inspection import inspect
+
+    inside = [
+        t for t in inspect(folder).tensors if len(t.shape) > 1 and place(t.name)[0] is not None
+    ]
+    return 8 * sum(t.bytes for t in inside) / sum(math.prod(t.shape) for t in inside)
 
 
 def _in_llama(

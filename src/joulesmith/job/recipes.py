@@ -6,12 +6,14 @@ Everything that would fail is told here, from names and shapes alone, before wor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from joulesmith.compress.lowrank.absorb_step import Absorb
 from joulesmith.compress.lowrank.step import LowRank
+from joulesmith.compress.prune.step import Prune
+from joulesmith.compress.prune.structured import Shrink
 from joulesmith.compress.quantize.choice import HEAD, choose
 from joulesmith.compress.quantize.fold_steps import Awq, Rotate
 from joulesmith.compress.quantize.grids import grid
@@ -38,7 +40,7 @@ ENDS = "Q6_K"
 """Least type of embedding and head in a GGUF, as llama.cpp's own quantizer has it for heads."""
 
 _CALIBRATION = ("calib", "sha256", "text", "seed", "windows")
-_CHANGING = (Rotate, Awq, Smooth, LowRank)
+_CHANGING = (Rotate, Awq, Smooth, LowRank, Prune, Shrink)
 
 
 def recipe_of(
@@ -112,6 +114,22 @@ class Fitted:
     notes: tuple[str, ...] = ()
 
 
+def parted(recipe: Recipe) -> tuple[Recipe, Recipe]:
+    """The steps up to the last that changes shapes, and those after it.
+
+    Raises `JoulesmithError` for steps before it whose work it would undo.
+    """
+    steps = recipe.steps
+    last = max((i + 1 for i, s in enumerate(steps) if isinstance(s, Shrink)), default=0)
+    for i, step in enumerate(steps[:last]):
+        if isinstance(step, (Prune, Quantize, Absorb)):
+            raise JoulesmithError(
+                f"step {i + 1} of the recipe ({step.name}) would be undone by step {last} "
+                "(shrink): put shrink before it"
+            )
+    return replace(recipe, steps=steps[:last]), replace(recipe, steps=steps[last:])
+
+
 def fit(recipe: Recipe, model: Model, form: str) -> Fitted:
     """Check a recipe against a model and a format.
 
@@ -123,8 +141,7 @@ def fit(recipe: Recipe, model: Model, form: str) -> Fitted:
 
     found = Fitted()
     untied = caches = False
-    if not recipe.steps:
-        raise JoulesmithError("the recipe has no steps: give it one, such as quantize")
+    pruned: int | None = None
     for i, step in enumerate(recipe.steps):
         if isinstance(step, _CHANGING) and found.types:
             raise JoulesmithError(
@@ -142,6 +159,9 @@ def fit(recipe: Recipe, model: Model, form: str) -> Fitted:
             )
         elif isinstance(step, LowRank):
             step.shapes(model)
+        elif isinstance(step, Prune):
+            step.share(model)
+            pruned = i + 1
         elif isinstance(step, RoundInputs):
             _schemed(found, step.scheme, i)
         elif isinstance(step, QuantizeCache):
@@ -152,6 +172,12 @@ def fit(recipe: Recipe, model: Model, form: str) -> Fitted:
             caches = True
             settings = {k: getattr(step, k) for k in QuantizeCache.model_fields}
             PackedCache(model.module.config, KVScheme(**settings))  # do heads fit it?
+        elif pruned is not None and _fills(step):
+            raise JoulesmithError(
+                f"step {i + 1} of the recipe ({step.name}) would fill the zeros of step {pruned}: "
+                "after prune, quantize with  effort: nearest  and neither learn_steps nor "
+                "tune_epochs"
+            )
         elif isinstance(step, Absorb):
             if form not in forms.ADAPTERS:
                 raise JoulesmithError(
@@ -180,6 +206,14 @@ def fit(recipe: Recipe, model: Model, form: str) -> Fitted:
         )
     found.types = settled
     return found
+
+
+def _fills(step: Step) -> bool:
+    """Whether a step may give a weight that is zero another value."""
+    if isinstance(step, Quantize):
+        rounded = step.effort == "nearest" and not step.learn_steps and not step.tune_epochs
+        return not rounded or (step.default or "") in SCHEMES
+    return isinstance(step, Absorb)
 
 
 def _quantized(found: Fitted, step: Quantize, i: int, model: Model, untied: bool) -> None:

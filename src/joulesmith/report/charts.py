@@ -175,8 +175,8 @@ def _front_label(result: Result, points: Sequence[FrontPoint]) -> str:
 # --- the layer map: one cell a tensor ---------------------------------------------------------
 
 
-def type_keys(tensors: Sequence[TensorChoice]) -> dict[str, Key]:
-    """A colour and a short text for each type, most bits first."""
+def type_keys(tensors: Sequence[TensorChoice], words: str = "bits per weight") -> dict[str, Key]:
+    """A colour and a short text for each type, most bits (or whatever ``words`` say) first."""
     bits: dict[str, float] = {}
     for t in tensors:
         bits[t.type] = max(bits.get(t.type, 0.0), t.bits_per_weight)
@@ -188,7 +188,7 @@ def type_keys(tensors: Sequence[TensorChoice]) -> dict[str, Key]:
     keys = {
         t: Key(
             c,
-            f"{figures.clean(t)}, {figures.small(bits[t])} bits per weight",
+            f"{figures.clean(t)}, {figures.small(bits[t])} {words}",
             figures.clean(short[t]),
         )
         for t, c in zip(types, names, strict=True)
@@ -222,6 +222,11 @@ class Map(Protocol):
     def tensors(self) -> Sequence[TensorChoice]: ...
 
 
+def words_of(found: Map) -> str:
+    """What ``bits_per_weight`` of a map's cells counts."""
+    return "per cent gone" if getattr(found, "unit", "") == "gone" else "bits per weight"
+
+
 def role_order(found: set[str]) -> list[str]:
     """Roles in the order that a block computes them, others after."""
     return [r for r in _ROLES if r in found] + sorted(found.difference(_ROLES))
@@ -241,7 +246,7 @@ def layer_map(result: Map, what: str, name: str, *, tall: bool) -> str | None:
         return None
     layers = sorted({layer for layer, _ in cells})
     roles = role_order({role for _, role in cells})
-    types = type_keys(result.tensors)
+    types = type_keys(result.tensors, words_of(result))
     edges, damages = damage_keys(result.tensors)
     rows = []
     for (layer, role), group in cells.items():
@@ -260,7 +265,7 @@ def layer_map(result: Map, what: str, name: str, *, tall: bool) -> str | None:
                 "fill": light(colour),
                 "on": light(on(colour)),
                 "text": text,
-                "title": "; ".join(_tensor_title(t) for t in group[:12]),
+                "title": "; ".join(_tensor_title(t, words_of(result)) for t in group[:12]),
             }
         )
     step = (44.0 if len(roles) <= 7 else 300 / len(roles), 21.0) if tall else (0.0, 27.0)
@@ -304,12 +309,13 @@ def layer_map(result: Map, what: str, name: str, *, tall: bool) -> str | None:
     return _svg(chart, name, f"{label} Every tensor is in the table below the maps.")
 
 
-def _tensor_title(t: TensorChoice) -> str:
+def _tensor_title(t: TensorChoice, words: str) -> str:
     title = (
         f"{figures.clean(t.tensor)}: {figures.clean(t.type)}, "
-        f"{figures.small(t.bits_per_weight)} bits per weight, "
-        f"damage {figures.small(t.damage)} nats"
+        f"{figures.small(t.bits_per_weight)} {words}"
     )
+    if figures.known(t.damage):
+        title += f", damage {figures.small(t.damage)} nats"
     return title + (f", {figures.joules(t.joules)} per token" if figures.known(t.joules) else "")
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from joulesmith.inspection import Inspection
+    from joulesmith.job.quantize import Made
 
 _UNKNOWN_BITS = float("nan")
 
@@ -27,7 +28,8 @@ _UNKNOWN_BITS = float("nan")
 @dataclass(frozen=True)
 class HeatMap:
     """Cells of a map. title: of the page. note: a line about the model. unit: of ``value``
-    in the terminal's map: "nats" (damage) or "bits"."""
+    in the terminal's map: "nats" (damage), "bits", or "gone" (per cent of the weights, which
+    then stand in the place of bits)."""
 
     title: str
     note: str
@@ -43,7 +45,7 @@ def damage_of(
     title: str,
     note: str = "",
 ) -> HeatMap:
-    """The map of a `Quantized`'s damage.
+    """The map of a `Made`'s damage.
 
     damage: tensor name (GGUF's or torch's) -> predicted KL, nats a token. types, bits: of
     each tensor by name, or one for all; bits default to those of the type's grid.
@@ -64,6 +66,31 @@ def bits_of(found: Inspection) -> HeatMap:
         if t.bits_per_weight is not None and len(t.shape) > 1
     ]
     return HeatMap(found.name or found.path, found.format, tuple(cells), unit="bits")
+
+
+def removed_of(found: Made, *, title: str) -> HeatMap:
+    """What pruning and shrinking took from each matrix, in the numbers of the given model.
+
+    For a shrunk model the parts that went, "attention" and "mlp", a whole layer as both.
+    """
+    cells = [_removed(p.name, p.sparsity, p.damage) for p in found.pruned]
+    note = "; ".join(found.notes)
+    shrunk = found.shrunk
+    if shrunk is not None and not cells:
+        whole = shrunk.before
+        gone = {d.layer for d in shrunk.decisions if d.part == "layer"}
+        for i in range(whole.layers):
+            heads = 1 - shrunk.after.kv * shrunk.after.queries / (whole.kv * whole.queries)
+            neurons = 1 - shrunk.after.neurons / whole.neurons
+            for part, share in (("attention", heads), ("mlp", neurons)):
+                cells.append(_removed(f"blk.{i}.{part}.weight", 1.0 if i in gone else share, None))
+    return HeatMap(title, note, tuple(cells), unit="gone")
+
+
+def _removed(name: str, share: float, damage: float | None) -> TensorChoice:
+    tenths = round(10 * share)
+    kind = f"{10 * tenths} %"
+    return _choice(name, kind, 100 * share, math.nan if damage is None else damage)
 
 
 def _choice(name: str, kind: str, bits: float, damage: float) -> TensorChoice:
@@ -124,7 +151,8 @@ def render_heat_map(found: HeatMap) -> str:
             total=total if worst else None,
             worst=[(t, 100 * t.damage / total if total > 0 else 0.0) for t in worst],
             roles=by_role(found.tensors),
-            type_keys=charts.type_keys(found.tensors),
+            type_keys=charts.type_keys(found.tensors, charts.words_of(found)),
+            rows=worst or [(t, 0.0) for t in found.tensors],
             damage_keys=charts.damage_keys(found.tensors)[1],
         )
     )
@@ -152,12 +180,12 @@ def render_map(found: HeatMap, console: Console) -> None:
 
     cells: dict[tuple[int, str], float] = {}
     for t in found.tensors:
-        value = t.bits_per_weight if found.unit == "bits" else t.damage
+        value = t.damage if found.unit == "nats" else t.bits_per_weight
         if t.layer is None or not figures.known(value):
             continue
         key = (t.layer, t.role)
         # experts share a cell: damage adds up, bits are the dearest's
-        both = max if found.unit == "bits" else sum
+        both = sum if found.unit == "nats" else max
         cells[key] = both((cells[key], value)) if key in cells else value
     if not cells:
         console.print(Text(f"no {found.unit} of matrices inside layers are known"))
@@ -176,17 +204,27 @@ def render_map(found: HeatMap, console: Console) -> None:
             row.append(Text("") if here is None else Text(_figure(here, found.unit), shade(here)))
         table.add_row(str(layer), *row)
     console.print(table)
-    what = "bits per weight" if found.unit == "bits" else "predicted damage, millinats a token"
-    console.print(Text(what))
+    console.print(Text(_WORDS[found.unit]))
+
+
+_WORDS = {
+    "bits": "bits per weight",
+    "gone": "per cent of the weights gone",
+    "nats": "predicted damage, millinats a token",
+}
 
 
 def _figure(value: float, unit: str) -> str:
-    return f" {value:.2f} " if unit == "bits" else f" {1e3 * value:.3g} "
+    return {"bits": f" {value:.2f} ", "gone": f" {value:.0f} ", "nats": f" {1e3 * value:.3g} "}[
+        unit
+    ]
 
 
 def _shades(values: Sequence[float], unit: str) -> Callable[[float], str]:
     """Value -> rich style, on the page's ramps: by level for bits, log spaced for damage."""
-    ramp = palette.BITS if unit == "bits" else palette.DAMAGE
+    ramp = palette.DAMAGE if unit == "nats" else palette.BITS
+    if unit == "gone":
+        return lambda v: _style(ramp[min(len(ramp) - 1, int(v / 100 * len(ramp)))])
     if unit == "bits":
         levels = sorted(set(values))
         names = palette.ramp(ramp, len(levels))

@@ -9,8 +9,9 @@ from joulesmith.units import si, size
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from joulesmith.compress.prune.structured import Shrunk
     from joulesmith.inspection import DecodeCost, Inspection
-    from joulesmith.job.quantize import Quantized
+    from joulesmith.job.quantize import Made
     from joulesmith.measure import Measurement
     from joulesmith.quality import Quality
 
@@ -129,8 +130,8 @@ def _cost_lines(cost: DecodeCost) -> list[str]:
     ]
 
 
-def render_quantized(found: Quantized, console: Console, worst: int = 5) -> None:
-    """What a quantized model keeps, and which matrices were damaged most."""
+def render_made(found: Made, console: Console, worst: int = 5) -> None:
+    """What a compressed model keeps, what went, and which matrices were damaged most."""
     from rich.text import Text
 
     def kept(q: Quality) -> str:
@@ -141,10 +142,23 @@ def render_quantized(found: Quantized, console: Console, worst: int = 5) -> None
         )
 
     q = found.quality
+    kind = f"{found.type}, " if found.type else ""
     lines = [
-        f"{found.folder}: {found.format}, {size(found.bytes)}, {found.type}, "
+        f"{found.folder}: {found.format}, {size(found.bytes)}, {kind}"
         f"{found.bits_per_weight:.3f} bits per weight in the blocks{_others(found)}",
     ]
+    before, after = found.parameters
+    if after != before:
+        lines.append(
+            f"{after / 1e6:.2f} M parameters, {after / before:.1%} of {before / 1e6:.2f} M"
+        )
+    if found.pruned:
+        lines.append(
+            "zeros are left out of the file; no engine runs them faster"
+            if found.format == "sparse"
+            else f"{found.format} stores zeros like other weights: neither the file nor a token "
+            "costs less (--format sparse: a smaller file)"
+        )
     if found.inputs is not None:
         smooth = f"; {found.smoothing} sets of inputs smoothed" if found.smoothing else ""
         lines.append(f"inputs: {found.inputs}{smooth}")
@@ -172,7 +186,56 @@ def render_quantized(found: Quantized, console: Console, worst: int = 5) -> None
         console.print(Text(line))
 
 
-def _others(found: Quantized) -> str:
+def _others(found: Made) -> str:
     """What embedding and head are stored as."""
     ends = {k for n, k in found.types.items() if not n.startswith("blk.")}
     return f", embedding and head {', '.join(sorted(ends))}" if ends else ", the rest float16"
+
+
+def render_removed(found: Made, console: Console) -> None:
+    """`--explain`: layer by layer and part by part what went, and by which score."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from joulesmith.report.heat_map import removed_of, render_map
+
+    if found.pruned or found.shrunk is not None:
+        render_map(removed_of(found, title=""), console)
+    if any(p.damage is not None or p.error is not None for p in found.pruned):
+        table = Table(box=None, pad_edge=False)
+        for name in ("matrix", "zeros", "predicted damage, nats", "output error"):
+            table.add_column(name, justify="left" if name == "matrix" else "right")
+        for p in sorted(found.pruned, key=lambda p: -(p.damage or 0)):
+            table.add_row(
+                Text(p.name),
+                f"{p.sparsity:.1%}",
+                "" if p.damage is None else f"{p.damage:.5f}",
+                "" if p.error is None else f"{p.error:.2%}",
+            )
+        console.print(table)
+    if found.shrunk is None:
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "what went", "score", "unit"):
+        table.add_column(name, justify="right" if name == "score" else "left")
+    for line in _gone(found.shrunk):
+        table.add_row(*map(Text, line))
+    console.print(table)
+
+
+def _gone(shrunk: Shrunk) -> list[tuple[str, str, str, str]]:
+    """Rows of the table: a layer or head each; neurons and channels of a layer together."""
+    rows: list[tuple[str, str, str, str]] = []
+    many: dict[tuple[int | None, str, str], list[float]] = {}
+    for d in shrunk.decisions:
+        word = d.part.split()[0]
+        if word in ("neuron", "channel"):
+            many.setdefault((d.layer, word, d.unit), []).append(d.score)
+        else:
+            where = "" if d.layer is None else str(d.layer)
+            rows.append((where, d.part, f"{d.score:.4g}", d.unit))
+    for (layer, word, unit), scores in many.items():
+        where = "" if layer is None else str(layer)
+        span = f"{min(scores):.3g} to {max(scores):.3g}"
+        rows.append((where, f"{len(scores)} {word}s", span, unit))
+    return rows

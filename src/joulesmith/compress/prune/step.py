@@ -30,7 +30,7 @@ class Prune(Step):
     """
 
     name: ClassVar[str] = "prune"
-    sparsity: float | None = None
+    sparsity: float | None = Field(default=None, gt=0, lt=1)
     parameters: int | None = Field(default=None, gt=0)
     pattern: str = "unstructured"
     method: Method = "admm"

@@ -145,7 +145,8 @@ class Shrink(Step):
         self, model: Model, calibration: NDArray[np.int32], progress: Tick = silent
     ) -> StepRecord:
         """As `shrink`, which also tells what was decided."""
-        return StepRecord(self.name, notes=self.shrink(model, calibration, progress).notes())
+        done = self.shrink(model, calibration, progress)
+        return StepRecord(self.name, notes=done.notes(), shrunk=done)
 
     def shrink(
         self, model: Model, calibration: NDArray[np.int32], progress: Tick = silent
