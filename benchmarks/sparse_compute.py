@@ -141,11 +141,11 @@ def tiles_form(weights: Weights) -> dict[str, Pass]:
     return {"packed tiles INT4-G64 (this package)": lambda x: [s.product(x) for s in stores]}
 
 
-def native_forms(weights: Weights) -> dict[str, Pass]:
+def native_forms(weights: Weights, pattern: str) -> dict[str, Pass]:
     """Our optional kernel: a bitmask and INT4-G64, INT8-G64 or bfloat16 values."""
     from joulesmith.compress.quantize.integers import IntGrid
     from joulesmith.compress.sparse.tensor import pack, pack_codes
-    from joulesmith.engines.sparse_native import NativeSparse, why_not
+    from joulesmith.engines.sparse_native import NativeColumns, NativeSparse, why_not
 
     if (why := why_not()) is not None:
         print(f"left out: {why}")
@@ -159,6 +159,16 @@ def native_forms(weights: Weights) -> dict[str, Pass]:
         forms[f"bitmask kernel {g.name} (this package)"] = lambda x, s=stores: [
             one.product(x) for one in s
         ]
+    if pattern.startswith("64-row"):
+        for bits in (4, 8):
+            g = IntGrid(bits, weights[0].shape[1])
+            tall = [
+                NativeColumns(pack_codes(g, rounded(g, w), w.shape[1], f"blocks-{TALL}x1"))
+                for w in weights
+            ]
+            forms[f"columns kernel INT{bits} (this package)"] = lambda x, s=tall: [
+                one.product(x) for one in s
+            ]
     halves = [NativeSparse(pack(w.bfloat16(), "bitmask")) for w in weights]
     forms["bitmask kernel BF16 (this package)"] = lambda x: [one.product(x) for one in halves]
     return forms
@@ -257,7 +267,7 @@ def cell(
         w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(i))
         weights.append(w * mask(pattern, rows, columns, rng))
     forms = torch_forms(weights, pattern)
-    forms |= native_forms(weights)
+    forms |= native_forms(weights, pattern)
     forms |= openvino_forms(weights, args.threads)
     if args.tiles:
         forms |= tiles_form(weights)

@@ -15,7 +15,7 @@ from joulesmith.compress.quantize.integers import by_name
 from joulesmith.compress.sparse.tensor import SparseTensor, pack, pack_codes, unpack
 from joulesmith.engines import sparse_native
 from joulesmith.engines.packed_store import Store
-from joulesmith.engines.sparse_native import NativeSparse, takes
+from joulesmith.engines.sparse_native import NativeColumns, NativeSparse, takes
 from joulesmith.engines.sparse_store import SparseStore, fastest
 from joulesmith.errors import EngineError, JoulesmithError
 
@@ -169,3 +169,30 @@ def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     with pytest.raises(EngineError, match="cannot be built"):
         build()
     assert not list(tmp_path.rglob("*.so")) and not list(tmp_path.rglob("*.part"))
+
+
+@native
+@pytest.mark.parametrize("kind", ["F16", "BF16", "INT8-G320", "INT4-G320", "INT4-G320-ZP"])
+@pytest.mark.parametrize(("rows", "height"), [(64, 64), (150, 64), (1, 16), (200, 32)])
+def test_tiles_of_columns(kind: str, rows: int, height: int) -> None:
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((rows, 320)).astype(np.float16).astype(np.float32)
+    w *= (rng.random((-(-rows // height), 320)) < 0.25).repeat(height, 0)[:rows]
+    t, name = torch.from_numpy(w), f"blocks-{height}x1"
+    if kind in ("F16", "BF16"):
+        p = pack(t.bfloat16() if kind == "BF16" else t, name, kind=kind)
+    else:
+        grid = by_name(kind)
+        assert grid is not None
+        p = pack_codes(grid, grid.pack(t), 320, name)
+    want = unpack(p).float()
+    for store in (NativeColumns(p), NativeColumns(p, exact=True), fastest(p)):
+        assert isinstance(store, NativeColumns)
+        assert torch.equal(store.decode(slice(0, rows)), want)
+        assert torch.equal(store.decode(torch.tensor([rows - 1, 0])), want[[rows - 1, 0]])
+        for n in (0, 1, 3, 6, 20):
+            x = torch.randn(n, 320, generator=torch.Generator().manual_seed(n))
+            room = 1e-5 + float(x.abs().max() if n else 0) * 2**-16 * float(want.abs().sum(1).max())
+            assert torch.allclose(store.product(x), x @ want.T, rtol=1e-4, atol=room)
+    with pytest.raises(JoulesmithError, match="no tiles of columns"):
+        NativeColumns(made("INT4-G64", 64, 128))

@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -95,8 +96,12 @@ def kernel() -> C.CDLL:
     library.joulesmith_sparse16.argtypes = [
         pointer, C.c_int64, C.c_int64, C.c_int32, pointer, pointer, pointer, C.c_int64, pointer,
     ]  # fmt: skip
+    library.joulesmith_columns.argtypes = [
+        pointer, pointer, C.c_int64, C.c_int64, C.c_int64, C.c_int32, pointer, C.c_int64, pointer,
+        C.c_int64, pointer, C.c_int32,
+    ]  # fmt: skip
     library.joulesmith_inputs.argtypes = [pointer, C.c_int64, pointer, pointer]
-    for name in ("sparse", "sparse16", "inputs"):
+    for name in ("sparse", "sparse16", "inputs", "columns"):
         getattr(library, f"joulesmith_{name}").restype = None
     return library
 
@@ -125,7 +130,7 @@ class NativeSparse(Store):
         if not takes(packed):
             raise JoulesmithError(f"the sparse kernel does not hold {packed.kind} weights")
         grid = packed.grid
-        self._blocks = -(-packed.columns // _BLOCK)
+        self._blocks = -(-self._width(packed) // _BLOCK)
         self._nibbles = grid is not None and grid.symmetric and grid.bits <= 4
         masks, values, sizes = [], [], []
         for tile in range(len(spans(packed.rows, packed.columns))):
@@ -158,6 +163,14 @@ class NativeSparse(Store):
             *(a.ctypes.data for a in self._arrays.values()), self._blocks, self._groups, kind
         )
 
+    def _width(self, packed: SparseTensor) -> int:
+        """Columns that the kernel sees."""
+        return packed.columns
+
+    def _narrow(self, level: NDArray[np.int16]) -> NDArray[np.int16]:
+        """A tile of rows as the kernel sees it."""
+        return level
+
     def _tile(
         self, packed: SparseTensor, tile: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]:
@@ -166,7 +179,8 @@ class NativeSparse(Store):
             level = read_tile(packed, tile).view(torch.int16).numpy()
         else:
             level = read_levels(packed, tile)
-        rows, pad = len(level), self._blocks * _BLOCK - packed.columns
+        level = self._narrow(level)
+        rows, pad = len(level), self._blocks * _BLOCK - level.shape[1]
         mask = np.pad(level != 0, ((0, 0), (0, pad)))
         packed_mask = np.packbits(mask, axis=1, bitorder="little").reshape(-1)
         given = level[level != 0]
@@ -230,21 +244,111 @@ class NativeSparse(Store):
                 given.data_ptr(), len(x) * self._blocks, whole.data_ptr(), scales.data_ptr()
             )
             given = whole
+        parts = self._parts()
         for first in range(0, len(x), 4):
             count = min(4, len(x) - first)
             a, b = given.data_ptr() + size * first, out.data_ptr() + 4 * self.rows * first
             s = scales.data_ptr() + 4 * self._blocks * first if self._rounds else 0
-            threads = torch.get_num_threads() if self.rows * self.columns >= _SHARED else 1
-            parts = [
-                (i * self.rows // threads, (i + 1) * self.rows // threads) for i in range(threads)
-            ]
-            if threads == 1:
-                self._run(0, self.rows, count, a, b, s)
-            else:
-                jobs = [_pool(threads).submit(self._run, *at, count, a, b, s) for at in parts]
-                for job in jobs:
-                    job.result()
+            _share(self._run, parts, count, a, b, s)
         return out.to(x.device, x.dtype)
+
+    def _parts(self, items: int | None = None) -> list[tuple[int, int]]:
+        """Rows (or other items) of each thread."""
+        threads = torch.get_num_threads() if self.rows * self.columns >= _SHARED else 1
+        n = self.rows if items is None else items
+        return [(i * n // threads, (i + 1) * n // threads) for i in range(threads)]
+
+
+class NativeColumns(NativeSparse):
+    """Tiles of rows that share their columns (blocks of 16, 32 or 64 rows by 1): the columns
+    are gathered once a tile, and what is multiplied shrinks as the zeros grow.
+
+    For floats, and for codes with a scale a row. Raises as `NativeSparse`, and
+    `JoulesmithError` for another layout.
+    """
+
+    def __init__(self, packed: SparseTensor, *, exact: bool = False) -> None:
+        if not takes_columns(packed):
+            raise JoulesmithError(f"{packed.layout} {packed.kind} has no tiles of columns")
+        self._height = _height(packed.layout)
+        self._found: list[NDArray[np.int64]] = []
+        super().__init__(packed, exact=exact)
+        columns = np.zeros((len(self._found), self._blocks * _BLOCK), np.int32)
+        for i, found in enumerate(self._found):
+            columns[i, : len(found)] = found
+        self.register_buffer("at", torch.from_numpy(columns))
+        self._at = columns
+        self.kind = f"{packed.layout} {packed.kind}"
+
+    def _width(self, packed: SparseTensor) -> int:
+        check(packed)
+        for tile in range(len(spans(packed.rows, packed.columns))):
+            weight = read_tile(packed, tile)
+            for strip in weight.split(self._height):  # type: ignore[no-untyped-call]
+                self._found.append(np.flatnonzero((strip != 0).any(0).numpy()))
+        self._next = 0
+        return max(1, *(len(f) for f in self._found), 1)
+
+    def _narrow(self, level: NDArray[np.int16]) -> NDArray[np.int16]:
+        out = np.zeros((len(level), self._blocks * _BLOCK), np.int16)
+        for start in range(0, len(level), self._height):
+            found = self._found[self._next]
+            self._next += 1
+            at = slice(start, start + self._height)
+            out[at, : len(found)] = level[at][:, found]
+        return out
+
+    def decode(self, at: slice | Tensor) -> Tensor:
+        """The weights of these rows, (n, columns) float32."""
+        rows = np.arange(self.rows)[at if isinstance(at, slice) else at.numpy()]
+        wide = self._blocks * _BLOCK
+        narrow = torch.empty(len(rows), wide)
+        for i, row in enumerate(rows.tolist()):
+            self._run(row, row + 1, 0, 0, narrow.data_ptr() + 4 * wide * i)
+        out = torch.zeros(len(rows), self.columns)
+        # places that are filled up stand for column 0: added, as they hold zeros
+        where = torch.from_numpy(self._at[rows // self._height].astype(np.int64))
+        return out.scatter_add_(1, where, narrow)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (n, columns) -> ``x @ weight.T`` (n, rows), in x's dtype and place."""
+        if len(x) > _FEW or not len(x):
+            return Store.product(self, x.cpu()).to(x.device)
+        given = x.to("cpu", torch.float32).contiguous()
+        out = torch.empty(len(x), self.rows)
+        parts = self._parts(len(self._at))
+        for first in range(0, len(x), 4):
+            count = min(4, len(x) - first)
+            a, b = given[first].data_ptr(), out[first].data_ptr()
+            _share(self._columns, parts, count, a, b)
+        return out.to(x.device, x.dtype)
+
+    def _columns(self, start: int, stop: int, count: int, x: int, out: int) -> None:
+        room = np.empty(count * 100 * self._blocks + self._groups + 4 * self._blocks, np.float32)
+        self._library.joulesmith_columns(
+            C.addressof(self._matrix), self._at.ctypes.data, self._height, start, stop, count, x,
+            self.columns, out, self.rows, room.ctypes.data, int(self._rounds),
+        )  # fmt: skip
+
+
+def takes_columns(packed: SparseTensor) -> bool:
+    """Whether `NativeColumns` holds such weights."""
+    tall = _height(packed.layout) > 0 and takes(packed)
+    return tall and (packed.grid is None or packed.grid.group == packed.columns)
+
+
+def _height(name: str) -> int:
+    """Rows of blocks of one column; 0 for other layouts."""
+    return next((h for h in (16, 32, 64) if name == f"blocks-{h}x1"), 0)
+
+
+def _share(run: Callable[..., None], parts: list[tuple[int, int]], *rest: int) -> None:
+    """``run(start, stop, *rest)`` of all parts, each in a thread."""
+    if len(parts) == 1:
+        run(*parts[0], *rest)
+        return
+    for job in [_pool(len(parts)).submit(run, *at, *rest) for at in parts]:
+        job.result()
 
 
 @functools.cache

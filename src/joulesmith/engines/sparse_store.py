@@ -75,6 +75,8 @@ def fastest(packed: SparseTensor) -> Store:
     """
     mask = packed.rows * packed.columns // 8
     heavy = 2 * (len(packed.values) + mask) > 3 * (len(packed.values) + len(packed.places))
+    if sparse_native.takes_columns(packed) and sparse_native.why_not() is None:
+        return sparse_native.NativeColumns(packed)
     if sparse_native.takes(packed) and not heavy and sparse_native.why_not() is None:
         return sparse_native.NativeSparse(packed)
     return SparseStore(packed)

@@ -340,10 +340,10 @@ def _run(
 def _sparse_bits(folder: Path) -> float:
     """Bits per weight of the blocks' matrices as they lie there, places of zeros counted."""
     from joulesmith.formats.packed import place
-    from joulesmith.inspection import inspect
+    from joulesmith.inspection import inspect_model
 
     inside = [
-        t for t in inspect(folder).tensors if len(t.shape) > 1 and place(t.name)[0] is not None
+        t for t in inspect_model(folder).tensors if len(t.shape) > 1 and place(t.name)[0] is not None
     ]
     return 8 * sum(t.bytes for t in inside) / sum(math.prod(t.shape) for t in inside)
 
