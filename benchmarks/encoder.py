@@ -24,7 +24,7 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -307,17 +307,31 @@ def rows(methods: list[str], shares: list[float]) -> Iterator[Row]:
             yield Row(method, share, eight_bits=True)
 
 
-def measured(
-    row: Row, load: Callable[[], Encoder], calib: list[Paragraph], judge: Judge, seed: int
-) -> dict[str, Any]:
-    """A line of the table."""
-    encoder = load()
-    seconds, zeros = 0.0, 0.0
-    if row.method:
+def pruned(encoder: Encoder, row: Row, calib: list[Paragraph], seed: int, work: Path) -> float:
+    """In place; kept in ``work`` for the rows that go on from it. Returns the seconds it took."""
+    from safetensors.torch import load_file, save_file
+
+    path = work / f"{row.sparsity:g}-{row.method.replace(' ', '-')}-{seed}.safetensors"
+    told = path.with_suffix(".json")
+    if not told.exists():
         batches = encoder.batches(calib, seed)
         begun = time.perf_counter()
         prune(encoder, batches, row.method, row.sparsity)
         seconds = time.perf_counter() - begun
+        save_file(encoder.module.state_dict(), path)
+        with atomic_path(told) as temporary:
+            temporary.write_text(json.dumps({"seconds": seconds}))
+    encoder.module.load_state_dict(load_file(path))
+    return float(json.loads(told.read_text())["seconds"])
+
+
+def measured(
+    row: Row, encoder: Encoder, calib: list[Paragraph], judge: Judge, seed: int, work: Path
+) -> dict[str, Any]:
+    """A line of the table."""
+    seconds, zeros = 0.0, 0.0
+    if row.method:
+        seconds = pruned(encoder, row, calib, seed, work)
         weights = [m.weight for m in inside(encoder.module).values()]
         zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
     size = packed_bytes(encoder, eight_bits=row.eight_bits, sparse=bool(row.method))
@@ -369,7 +383,7 @@ def main() -> None:
     parser.add_argument("--calib", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--every", type=int, default=2, help="paragraph of the text is taken")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
     parser.add_argument("--shares", type=float, nargs="*", default=[0.5])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -392,7 +406,7 @@ def main() -> None:
         for row in rows(args.methods, args.shares):
             key = f"{row.name}/{seed if row.method not in FREE_OF_DATA else 0}"
             if key not in done:
-                done[key] = measured(row, lambda: Encoder(folder), calib, judge, seed)
+                done[key] = measured(row, Encoder(folder), calib, judge, seed, args.work)
                 print(f"{key}: {done[key]}", flush=True)
                 with atomic_path(path) as temporary:
                     temporary.write_text(json.dumps(done))
