@@ -298,7 +298,7 @@ def _run(
         adapter = None
         if done.factors:
             adapter = forms.write_adapter(form, model, done.factors, staged)
-    bits = _sparse_bits(staged) if form == forms.SPARSE else None
+    sparse_bits = _sparse_bits(staged) if form == forms.SPARSE else None
     engine, engine_quality = None, None
     if form == forms.GGUF:
         engine, engine_quality = _in_llama(staged, adapter, reference, show)
@@ -306,9 +306,8 @@ def _run(
     types = {n: k for n, (k, _) in done.packed.items()}
     stored = [(r.shape[0] * r.shape[1], types.get(r.name, forms.UNTOUCHED)) for r in blocks]
     counted = stored if not inside else [(r.shape[0] * r.shape[1], types[r.name]) for r in inside]
-    if bits is None:
-        spent = sum(n * forms.bits_per_weight(form, k) for n, k in counted)
-        bits = spent / sum(n for n, _ in counted)
+    spent = sum(n * forms.bits_per_weight(form, k) for n, k in counted)
+    bits = spent / sum(n for n, _ in counted) if sparse_bits is None else sparse_bits
     static = any(not q.scheme.dynamic for q in done.inputs.values())
     by_token = tuple(r.name for r in inside if static and done.inputs[module_of(r)].scheme.dynamic)
     scheme = fitted.scheme

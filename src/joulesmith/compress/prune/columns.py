@@ -18,7 +18,7 @@ from torch import Tensor
 
 from joulesmith.errors import JoulesmithError
 
-RIDGE = 1e-3
+RIDGE = 1e-2
 """Share of the moments' mean diagonal that is added to it: columns whose inputs hardly vary
 are then pulled towards their own weights and not towards noise."""
 
