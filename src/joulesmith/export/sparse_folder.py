@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from joulesmith.models import Model
 
 _AGAIN = "write the model again"
+_PLAIN = ("dense", True)
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,11 @@ def load_sparse(
 ) -> Model:
     """Read a folder of `write_sparse`. The peak of memory is the model and one tensor.
 
-    dtype: of the weights in memory. packed: keep the matrices packed, for inference only and
-    far slower (`engines.sparse_store`); else the model is as dense as any other. native: with
-    ``packed``, run them on a C kernel where one can be built (`engines.sparse_native`). Raises
-    `JoulesmithError` in one line for a folder of another kind, damaged files, and NaN.
+    dtype: of the weights in memory. packed: keep matrices packed, but for those stored as
+    dense floats: for inference only and far slower (`engines.sparse_store`); else the model
+    is as dense as any other. native: with ``packed``, run them on a C kernel where one can be
+    built (`engines.sparse_native`). Raises `JoulesmithError` in one line for a folder of
+    another kind, damaged files, and NaN.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -177,7 +179,9 @@ def load_sparse(
             for ref in refs.values():
                 check_shape(ref, shelf.shape(ref), at)
             refuse_unexpected(shelf.unused(refs), at)
-            stay = {n: r for n, r in refs.items() if packed and r.parameter in matrices}
+            # dense floats have nothing to gain by staying packed
+            kept = {p for p, (form, kind) in matrices.items() if (form, kind in FLOATS) != _PLAIN}
+            stay = {n: r for n, r in refs.items() if packed and r.parameter in kept}
             fill(module, {n: r for n, r in refs.items() if n not in stay}, shelf.read, dtype, at)
             for ref in stay.values():
                 _swap(module, ref.parameter, shelf, native=native)
