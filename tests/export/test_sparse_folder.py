@@ -15,6 +15,7 @@ from joulesmith.compress.quantize.grids import grid
 from joulesmith.compress.sparse.tensor import information_bytes
 from joulesmith.engines.packed import resident_bytes
 from joulesmith.errors import JoulesmithError
+from joulesmith.export import forms
 from joulesmith.export.sparse_folder import SparseBytes, load_sparse, write_sparse
 from joulesmith.formats.sparse_layout import WEIGHTS
 from joulesmith.inspection import inspect_model
@@ -253,3 +254,13 @@ def test_truncated_and_foreign_folders(written: Path) -> None:
     (written / "config.json").write_text("{}")
     with pytest.raises(JoulesmithError, match="not a sparse model"):
         load_sparse(written)
+
+
+@pytest.mark.parametrize("name", ["sparse-bitmask", "sparse-24-bitmask", "marlin-24"])
+def test_layouts_that_nothing_reads_are_refused_by_name(name: str) -> None:
+    """Holds as long as the installed library reads them no more than its maintained peers."""
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    with pytest.raises(JoulesmithError, match=f"{name}.*no longer read it"):
+        forms.ready(name)
+    forms.ready("sparse")
+    assert not any(word in dir(compressors) for word in ("BitmaskCompressor", "Marlin24Compressor"))

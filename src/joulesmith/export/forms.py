@@ -28,6 +28,9 @@ PLAIN, SPARSE = "transformers", "sparse"
 FORMATS = ("compressed-tensors", GGUF, "onnx", "openvino", PLAIN, SPARSE)
 ADAPTERS = (GGUF, "compressed-tensors")
 """Formats whose engines add low-rank factors as they run, from an adapter beside the model."""
+_DROPPED = ("sparse-bitmask", "sparse-24-bitmask", "marlin-24")
+"""Layouts of compressed-tensors that all its readers dropped between January and June 2026
+(vllm pull requests 32688 and 36799, compressed-tensors 610, transformers 46342)."""
 UNTOUCHED = "F16"
 """What all formats store matrices in that are not quantized."""
 _CASTS = ("F32", "BF16")
@@ -35,6 +38,11 @@ _CASTS = ("F32", "BF16")
 
 def ready(form: str) -> None:
     """Raises `JoulesmithError` for an unknown format, `MissingExtraError` for a missing one."""
+    if form in _DROPPED:
+        raise JoulesmithError(
+            f"--format {form}: vLLM, transformers and compressed-tensors no longer read it: give "
+            f"{SPARSE}, which joulesmith itself reads back, or a dense format"
+        )
     if form not in FORMATS:
         raise JoulesmithError(f"--format {form}: give one of {', '.join(FORMATS)}")
     if form in ("onnx", "openvino"):
