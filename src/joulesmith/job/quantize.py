@@ -341,9 +341,8 @@ def _sparse_bits(folder: Path) -> float:
     from joulesmith.formats.packed import place
     from joulesmith.inspection import inspect_model
 
-    inside = [
-        t for t in inspect_model(folder).tensors if len(t.shape) > 1 and place(t.name)[0] is not None
-    ]
+    stored = inspect_model(folder).tensors
+    inside = [t for t in stored if len(t.shape) > 1 and place(t.name)[0] is not None]
     return 8 * sum(t.bytes for t in inside) / sum(math.prod(t.shape) for t in inside)
 
 

@@ -188,7 +188,9 @@ def type_keys(tensors: Sequence[TensorChoice], words: str = "bits per weight") -
     keys = {
         t: Key(
             c,
-            f"{figures.clean(t)}, {figures.small(bits[t])} {words}",
+            figures.clean(t)
+            if words == GONE
+            else f"{figures.clean(t)}, {figures.small(bits[t])} {words}",
             figures.clean(short[t]),
         )
         for t, c in zip(types, names, strict=True)
@@ -222,9 +224,12 @@ class Map(Protocol):
     def tensors(self) -> Sequence[TensorChoice]: ...
 
 
+GONE = "per cent gone"
+
+
 def words_of(found: Map) -> str:
     """What ``bits_per_weight`` of a map's cells counts."""
-    return "per cent gone" if getattr(found, "unit", "") == "gone" else "bits per weight"
+    return GONE if getattr(found, "unit", "") == "gone" else "bits per weight"
 
 
 def role_order(found: set[str]) -> list[str]:

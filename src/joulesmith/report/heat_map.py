@@ -141,6 +141,7 @@ def render_heat_map(found: HeatMap) -> str:
         for svg in [charts.layer_map(found, what, what[0] + name[0], tall=tall)]
     }
     total = sum(t.damage for t in worst)
+    ranked = [(t, 100 * t.damage / total if total > 0 else 0.0) for t in worst]
     return (
         environment()
         .get_template("heat_map.html.j2")
@@ -149,10 +150,10 @@ def render_heat_map(found: HeatMap) -> str:
             style=Markup(palette.style()),
             charts=pictures,
             total=total if worst else None,
-            worst=[(t, 100 * t.damage / total if total > 0 else 0.0) for t in worst],
+            worst=ranked,
+            rows=ranked or [(t, 0.0) for t in found.tensors],
             roles=by_role(found.tensors),
             type_keys=charts.type_keys(found.tensors, charts.words_of(found)),
-            rows=worst or [(t, 0.0) for t in found.tensors],
             damage_keys=charts.damage_keys(found.tensors)[1],
         )
     )

@@ -71,6 +71,8 @@ class Chooser:
         """All of it; the model changes in the last line but one."""
         if self.step.by in ("magnitude", "taylor"):
             self.hints = Hints({}, self._scores())
+        elif self.step.fisher and self.step.by == "damage":
+            self.hints = Hints(self._fisher())
         self.progress(0.1)
         trials: list[Trial] = []
         shape = self.wanted
@@ -189,6 +191,18 @@ class Chooser:
         calibrate(self.model.module, self._some(self.fitted), visit, seed=self.step.seed)
         return found
 
+    def _fisher(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Fisher information of the rows of o and of down, for each layer."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def visit(i: int, moments: Any) -> None:
+            found[i] = moments["self_attn.o_proj"].fisher, moments["mlp.down_proj"].fisher
+
+        calibrate(
+            self.model.module, self._some(self.fitted), visit, seed=self.step.seed, graded=False
+        )
+        return found
+
     def _search(self) -> list[Trial]:
         """Shapes that meet the budget, best first; the order of layers is known then."""
 
@@ -305,7 +319,10 @@ class Chooser:
         unit = {"damage": "nats a token", "block-influence": "1 - cosine"}.get(by, by)
         gone = self.before.layers - shape.layers
         found = layer_decisions(self.layers.order[:gone], self.layers.damage[:gone], unit)
-        unit = "mean squared error / 2" if by not in ("magnitude", "taylor") else by
+        if by not in ("magnitude", "taylor"):
+            unit = "nats a token" if self.step.fisher else "mean squared error / 2"
+        else:
+            unit = by
         for block in drawing.blocks:
             for part, cost in zip(block.heads.gone, block.heads.costs.tolist(), strict=True):
                 found.append(Decision(block.layer, part, cost, unit))

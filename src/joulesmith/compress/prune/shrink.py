@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from joulesmith.architectures import head_dim, hyperparameters, tensor_refs
+from joulesmith.architectures import head_dim, hyperparameters
 from joulesmith.compress.prune.heads import Heads, Layout, columns_of
 from joulesmith.errors import JoulesmithError
 from joulesmith.memory import release_memory
@@ -248,27 +248,3 @@ def _metadata(model: Model, config: Any) -> dict[str, Any]:
         if not key.startswith("general.") and (key in out or "scaling" not in key):
             out[key] = value
     return out
-
-
-def untied(shape: Shape) -> Shape:
-    """The same with a head of its own."""
-    return replace(shape, tied=False)
-
-
-__all__ = [
-    "LINEARS",
-    "Shape",
-    "State",
-    "block_of",
-    "config_for",
-    "count",
-    "cut_block",
-    "gguf_refusal",
-    "place",
-    "possible",
-    "read_per_token",
-    "rebuild",
-    "shape_of",
-    "tensor_refs",
-    "untied",
-]

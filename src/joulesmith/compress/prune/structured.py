@@ -98,7 +98,9 @@ class Shrink(Step):
     With ``parameters`` alone the mix is chosen by trying shapes out; with others it is only
     checked. by: the rule of choice (with ``parameters``, "magnitude" and "taylor" cut neurons,
     "block-influence" layers). repair: fit what is left. multiple: neurons and width are
-    multiples of it, 32 for Q8_0 and Q4_0, 256 for the K types. trials: most shapes tried.
+    multiples of it, 32 for Q8_0 and Q4_0, 256 for the K types. fisher: damage of neurons and heads
+    in nats, by the gradients at each channel of the stream (slower, and measured no better than
+    squared error, in which all channels count alike). trials: most shapes tried.
     """
 
     name: ClassVar[str] = "shrink"
@@ -114,6 +116,7 @@ class Shrink(Step):
     by: By = "damage"
     repair: bool = True
     multiple: int = Field(default=32, ge=1)
+    fisher: bool = False
     trials: int = Field(default=16, ge=1)
     seed: int = 0
 
