@@ -145,7 +145,8 @@ def native_forms(weights: Weights, pattern: str) -> dict[str, Pass]:
     """Our optional kernel: a bitmask and INT4-G64, INT8-G64 or bfloat16 values."""
     from joulesmith.compress.quantize.integers import IntGrid
     from joulesmith.compress.sparse.tensor import pack, pack_codes
-    from joulesmith.engines.sparse_native import NativeColumns, NativeSparse, why_not
+    from joulesmith.engines.sparse_columns import NativeColumns
+    from joulesmith.engines.sparse_native import NativeSparse, why_not
 
     if (why := why_not()) is not None:
         print(f"left out: {why}")

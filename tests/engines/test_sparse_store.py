@@ -15,7 +15,8 @@ from joulesmith.compress.quantize.integers import by_name
 from joulesmith.compress.sparse.tensor import SparseTensor, pack, pack_codes, unpack
 from joulesmith.engines import sparse_native
 from joulesmith.engines.packed_store import Store
-from joulesmith.engines.sparse_native import NativeColumns, NativeSparse, takes
+from joulesmith.engines.sparse_columns import NativeColumns
+from joulesmith.engines.sparse_native import NativeSparse, takes
 from joulesmith.engines.sparse_store import SparseStore, fastest
 from joulesmith.errors import EngineError, JoulesmithError
 

@@ -34,9 +34,9 @@ _SOURCE = Path(__file__).with_name("sparse_kernel.c")
 _NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512_vbmi2", "avx512_vnni", "f16c", "fma")
 _SETS = ("avx512f", "avx512bw", "avx512dq", "avx512vbmi2", "avx512vnni", "f16c", "fma", "popcnt")
 _FLAGS = ("-O3", *(f"-m{name}" for name in _SETS), "-shared", "-fPIC")
-_FEW = 8
+FEW = 8
 """Up to so many rows of activations the kernel multiplies; beyond, it decodes for torch."""
-_BLOCK = 64
+BLOCK = 64
 _SHARED = 1 << 19
 """Weights from which on a product is worth more than one thread."""
 
@@ -130,7 +130,7 @@ class NativeSparse(Store):
         if not takes(packed):
             raise JoulesmithError(f"the sparse kernel does not hold {packed.kind} weights")
         grid = packed.grid
-        self._blocks = -(-self._width(packed) // _BLOCK)
+        self._blocks = -(-self._width(packed) // BLOCK)
         self._nibbles = grid is not None and grid.symmetric and grid.bits <= 4
         masks, values, sizes = [], [], []
         for tile in range(len(spans(packed.rows, packed.columns))):
@@ -158,7 +158,7 @@ class NativeSparse(Store):
             self.register_buffer(name, torch.from_numpy(array))
         kind = {"F16": 16, "BF16": 17}.get(packed.kind, 4 if self._nibbles else 8)
         self._groups = steps.shape[1]
-        self._rounds = grid is not None and grid.group % _BLOCK == 0 and not exact
+        self._rounds = grid is not None and grid.group % BLOCK == 0 and not exact
         self._matrix = _Matrix(
             *(a.ctypes.data for a in self._arrays.values()), self._blocks, self._groups, kind
         )
@@ -180,11 +180,11 @@ class NativeSparse(Store):
         else:
             level = read_levels(packed, tile)
         level = self._narrow(level)
-        rows, pad = len(level), self._blocks * _BLOCK - level.shape[1]
+        rows, pad = len(level), self._blocks * BLOCK - level.shape[1]
         mask = np.pad(level != 0, ((0, 0), (0, pad)))
         packed_mask = np.packbits(mask, axis=1, bitorder="little").reshape(-1)
         given = level[level != 0]
-        count = mask.reshape(rows, self._blocks, _BLOCK).sum(2, dtype=np.int64)
+        count = mask.reshape(rows, self._blocks, BLOCK).sum(2, dtype=np.int64)
         if not self._nibbles:
             raw = given.view(np.uint8) if packed.grid is None else given.astype(np.int8)
             size = 2 if packed.grid is None else 1
@@ -217,7 +217,7 @@ class NativeSparse(Store):
 
     def decode(self, at: slice | Tensor) -> Tensor:
         """The weights of these rows, (n, columns) float32."""
-        wide = self._blocks * _BLOCK
+        wide = self._blocks * BLOCK
         if isinstance(at, slice):
             out = torch.empty(at.stop - at.start, wide)
             self._run(at.start, at.stop, 0, 0, out.data_ptr())
@@ -229,9 +229,9 @@ class NativeSparse(Store):
 
     def product(self, x: Tensor) -> Tensor:
         """x (n, columns) -> ``x @ weight.T`` (n, rows), in x's dtype and place."""
-        if len(x) > _FEW or not len(x):
+        if len(x) > FEW or not len(x):
             return super().product(x.cpu()).to(x.device)
-        wide = self._blocks * _BLOCK
+        wide = self._blocks * BLOCK
         given = x.to("cpu", torch.float32)
         given = torch.nn.functional.pad(given, (0, wide - self.columns)).contiguous()
         out = torch.empty(len(x), self.rows)
@@ -249,7 +249,7 @@ class NativeSparse(Store):
             count = min(4, len(x) - first)
             a, b = given.data_ptr() + size * first, out.data_ptr() + 4 * self.rows * first
             s = scales.data_ptr() + 4 * self._blocks * first if self._rounds else 0
-            _share(self._run, parts, count, a, b, s)
+            share(self._run, parts, count, a, b, s)
         return out.to(x.device, x.dtype)
 
     def _parts(self, items: int | None = None) -> list[tuple[int, int]]:
@@ -259,90 +259,7 @@ class NativeSparse(Store):
         return [(i * n // threads, (i + 1) * n // threads) for i in range(threads)]
 
 
-class NativeColumns(NativeSparse):
-    """Tiles of rows that share their columns (blocks of 16, 32 or 64 rows by 1): the columns
-    are gathered once a tile, and what is multiplied shrinks as the zeros grow.
-
-    For floats, and for codes with a scale a row. Raises as `NativeSparse`, and
-    `JoulesmithError` for another layout.
-    """
-
-    def __init__(self, packed: SparseTensor, *, exact: bool = False) -> None:
-        if not takes_columns(packed):
-            raise JoulesmithError(f"{packed.layout} {packed.kind} has no tiles of columns")
-        self._height = _height(packed.layout)
-        self._found: list[NDArray[np.int64]] = []
-        super().__init__(packed, exact=exact)
-        columns = np.zeros((len(self._found), self._blocks * _BLOCK), np.int32)
-        for i, found in enumerate(self._found):
-            columns[i, : len(found)] = found
-        self.register_buffer("at", torch.from_numpy(columns))
-        self._at = columns
-        self.kind = f"{packed.layout} {packed.kind}"
-
-    def _width(self, packed: SparseTensor) -> int:
-        check(packed)
-        for tile in range(len(spans(packed.rows, packed.columns))):
-            weight = read_tile(packed, tile)
-            for strip in weight.split(self._height):  # type: ignore[no-untyped-call]
-                self._found.append(np.flatnonzero((strip != 0).any(0).numpy()))
-        self._next = 0
-        return max(1, *(len(f) for f in self._found), 1)
-
-    def _narrow(self, level: NDArray[np.int16]) -> NDArray[np.int16]:
-        out = np.zeros((len(level), self._blocks * _BLOCK), np.int16)
-        for start in range(0, len(level), self._height):
-            found = self._found[self._next]
-            self._next += 1
-            at = slice(start, start + self._height)
-            out[at, : len(found)] = level[at][:, found]
-        return out
-
-    def decode(self, at: slice | Tensor) -> Tensor:
-        """The weights of these rows, (n, columns) float32."""
-        rows = np.arange(self.rows)[at if isinstance(at, slice) else at.numpy()]
-        wide = self._blocks * _BLOCK
-        narrow = torch.empty(len(rows), wide)
-        for i, row in enumerate(rows.tolist()):
-            self._run(row, row + 1, 0, 0, narrow.data_ptr() + 4 * wide * i)
-        out = torch.zeros(len(rows), self.columns)
-        # places that are filled up stand for column 0: added, as they hold zeros
-        where = torch.from_numpy(self._at[rows // self._height].astype(np.int64))
-        return out.scatter_add_(1, where, narrow)
-
-    def product(self, x: Tensor) -> Tensor:
-        """x (n, columns) -> ``x @ weight.T`` (n, rows), in x's dtype and place."""
-        if len(x) > _FEW or not len(x):
-            return Store.product(self, x.cpu()).to(x.device)
-        given = x.to("cpu", torch.float32).contiguous()
-        out = torch.empty(len(x), self.rows)
-        parts = self._parts(len(self._at))
-        for first in range(0, len(x), 4):
-            count = min(4, len(x) - first)
-            a, b = given[first].data_ptr(), out[first].data_ptr()
-            _share(self._columns, parts, count, a, b)
-        return out.to(x.device, x.dtype)
-
-    def _columns(self, start: int, stop: int, count: int, x: int, out: int) -> None:
-        room = np.empty(count * 100 * self._blocks + self._groups + 4 * self._blocks, np.float32)
-        self._library.joulesmith_columns(
-            C.addressof(self._matrix), self._at.ctypes.data, self._height, start, stop, count, x,
-            self.columns, out, self.rows, room.ctypes.data, int(self._rounds),
-        )  # fmt: skip
-
-
-def takes_columns(packed: SparseTensor) -> bool:
-    """Whether `NativeColumns` holds such weights."""
-    tall = _height(packed.layout) > 0 and takes(packed)
-    return tall and (packed.grid is None or packed.grid.group == packed.columns)
-
-
-def _height(name: str) -> int:
-    """Rows of blocks of one column; 0 for other layouts."""
-    return next((h for h in (16, 32, 64) if name == f"blocks-{h}x1"), 0)
-
-
-def _share(run: Callable[..., None], parts: list[tuple[int, int]], *rest: int) -> None:
+def share(run: Callable[..., None], parts: list[tuple[int, int]], *rest: int) -> None:
     """``run(start, stop, *rest)`` of all parts, each in a thread."""
     if len(parts) == 1:
         run(*parts[0], *rest)

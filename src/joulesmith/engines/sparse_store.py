@@ -14,7 +14,7 @@ from torch import Tensor
 
 from joulesmith.compress.sparse.layouts import spans, tile_rows
 from joulesmith.compress.sparse.tensor import SparseTensor, check, read_tile
-from joulesmith.engines import sparse_native
+from joulesmith.engines import sparse_columns, sparse_native
 from joulesmith.engines.packed_store import Store
 
 
@@ -75,8 +75,8 @@ def fastest(packed: SparseTensor) -> Store:
     """
     mask = packed.rows * packed.columns // 8
     heavy = 2 * (len(packed.values) + mask) > 3 * (len(packed.values) + len(packed.places))
-    if sparse_native.takes_columns(packed) and sparse_native.why_not() is None:
-        return sparse_native.NativeColumns(packed)
+    if sparse_columns.takes_columns(packed) and sparse_native.why_not() is None:
+        return sparse_columns.NativeColumns(packed)
     if sparse_native.takes(packed) and not heavy and sparse_native.why_not() is None:
         return sparse_native.NativeSparse(packed)
     return SparseStore(packed)
