@@ -37,6 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "repair": False,
     },
     "width by one rotation (SliceGPT's idea)": {"rotate": True, "repair": False},
+    "ours, neurons alone": {"alone": "neurons"},
+    "ours, layers alone": {"alone": "layers"},
     "ours": {"parameters": 0.8},
     "ours, not repaired": {"like": "ours", "repair": False},
 }
@@ -56,6 +58,24 @@ def widest(model: models.Model, share: float, multiple: int) -> int:
         and count(model, shape) <= share * model.parameters
     ]
     return max(fits)
+
+
+def alone(model: models.Model, share: float, part: str, multiple: int) -> int:
+    """How many of one kind of part are left where it alone is cut."""
+    from dataclasses import replace
+
+    from joulesmith.compress.prune.shapes import neurons_for
+    from joulesmith.compress.prune.shrink import Shape, count, shape_of
+
+    def parameters(shape: Shape) -> int:
+        return count(model, shape)
+
+    now, budget = shape_of(model), int(share * model.parameters)
+    if part == "neurons":
+        found = neurons_for(now, budget, parameters, multiple)
+        assert found is not None
+        return found.neurons
+    return max(n for n in range(1, now.layers) if parameters(replace(now, layers=n)) <= budget)
 
 
 def log_probabilities(model: models.Model, windows: np.ndarray) -> torch.Tensor:
@@ -89,8 +109,11 @@ def settings(
     given = dict(METHODS[method], multiple=args.multiple, seed=seed)
     if given.pop("like", None):
         given |= done[f"ours/{seed}"]["shape"]
+    if part := given.pop("alone", None):
+        given[part] = alone(model, 0.8, part, args.multiple)
     if given.get("rotate"):
-        given["width"] = widest(model, 0.8, args.multiple)
+        # widths must be multiples of the number of heads as well: few are multiples of 32 too
+        given |= {"multiple": 2, "width": widest(model, 0.8, 2)}
     elif method == "ours":
         given["trials"] = args.trials
     return given
@@ -158,6 +181,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=16)
     parser.add_argument("--multiple", type=int)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--saved", nargs="*", default=["ours"], help="first of these is measured")
     parser.add_argument("--joules", action="store_true")
     parser.add_argument("--types", nargs="*", default=["Q8_0", "F16"])
     parser.add_argument("--rounds", type=int, default=7)
@@ -241,7 +265,7 @@ def main() -> None:
             for t in found.trials:
                 print(f"    {t.shape.words()}: {t.parameters}, {t.damage:.4f}", flush=True)
             folder = args.work / f"{args.subject}-ours-{seed}"
-            if method == "ours" and not folder.exists():
+            if method in args.saved and not folder.exists():
                 models.save(model, folder)
             keep()
     if args.joules and "joules" not in done:

@@ -233,6 +233,16 @@ def test_the_mix_is_chosen_and_beats_plain_rules(tiny: Path, tmp_path: Path) -> 
     assert len([d for d in shrunk.decisions if d.part == "layer"]) == 2 - shrunk.after.layers
 
 
+def test_costs_in_nats(tiny: Path) -> None:
+    model = models.load(tiny)
+    before = logits(model.module)
+    found = Shrink(neurons=64, fisher=True, repair=False).shrink(model, WINDOWS)
+    assert {d.unit for d in found.decisions} == {"nats a token"}
+    predicted = sum(d.score for d in found.decisions)
+    true = kl(before, logits(model.module))
+    assert predicted > 0 and true < 1  # the rest was not made to compensate, as predicted
+
+
 def test_a_count_and_a_recipe_give_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
     whole = models.load(tiny).parameters
     step = Shrink(parameters=int(0.9 * whole), multiple=8, trials=2)
