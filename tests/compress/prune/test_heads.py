@@ -104,3 +104,7 @@ def test_greedy_drops(costs: list[float], data: st.DataObject) -> None:
 def test_not_all_layers_can_go() -> None:
     with pytest.raises(JoulesmithError, match="one must be left"):
         drop.by_score([1.0, 2.0], 2)
+
+
+def test_a_rounded_share_is_understood() -> None:
+    assert heads.of_share(Layout(3, 3, 8), 0.67) == (2, 3)

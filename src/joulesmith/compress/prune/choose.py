@@ -129,7 +129,7 @@ class Chooser:
         """Which layers go, ``most`` of them, by the rule."""
         step, total = self.step, self.before.layers
         if step.drop:
-            self.layers = drop.Drops(tuple(step.drop), (float("nan"),) * len(step.drop))
+            self.layers = drop.Drops(tuple(step.drop), (0.0,) * len(step.drop))
         elif most and step.by == "damage":
             self.layers = drop.by_damage(total, most, self._without)
         elif most and step.by == "block-influence":
@@ -317,6 +317,7 @@ class Chooser:
     def _decisions(self, drawing: Drawing, shape: Shape) -> tuple[Decision, ...]:
         by = self.step.by
         unit = {"damage": "nats a token", "block-influence": "1 - cosine"}.get(by, by)
+        unit = "as asked" if self.step.drop else unit
         gone = self.before.layers - shape.layers
         found = layer_decisions(self.layers.order[:gone], self.layers.damage[:gone], unit)
         if by not in ("magnitude", "taylor"):

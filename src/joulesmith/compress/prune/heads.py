@@ -66,11 +66,11 @@ def of_share(layout: Layout, share: float) -> tuple[int, int]:
     """(key-value heads, query heads of each) that are ``share`` of the query heads; whole groups
     where that is possible. Raises `JoulesmithError` naming the shares that there are."""
     for kv in range(layout.kv, 0, -1):  # whole groups first: they take k and v along
-        if abs(kv / layout.kv - share) < 1e-3:
+        if abs(kv / layout.kv - share) < 5e-3:
             return kv, layout.queries
     for queries in range(layout.queries, 0, -1):
         for kv in range(layout.kv, 0, -1):
-            if abs(kv * queries / layout.heads - share) < 1e-3:
+            if abs(kv * queries / layout.heads - share) < 5e-3:
                 return kv, queries
     counts = {k * q for k in range(1, layout.kv + 1) for q in range(1, layout.queries + 1)}
     shares = ", ".join(f"{n / layout.heads:.4g}" for n in sorted(counts))

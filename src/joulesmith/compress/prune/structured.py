@@ -70,7 +70,9 @@ class Shrunk:
         ]
         if gone:
             which = ", ".join(f"{d.layer} ({d.score:.4g})" for d in gone)
-            lines.append(f"layers dropped, in this order, with {gone[0].unit}: {which}")
+            if gone[0].unit == "as asked":
+                which = ", ".join(str(d.layer) for d in gone)
+            lines.append(f"layers dropped, in this order ({gone[0].unit}): {which}")
         if self.damage is not None and self.unrepaired is not None:
             lines.append(
                 f"held-out KL {self.damage:.4f} nats a token; without repair {self.unrepaired:.4f}"
