@@ -1,12 +1,13 @@
-"""Gradients at the linear layers of any module, block by block, in the memory of one block.
+"""Gradients at the linear layers of any module, block by block.
 
-The inputs of the blocks wait on disk; what lies behind the last block runs once a batch and
-gives the gradient that goes back through the blocks. Knows no models by name.
+In memory are what autograd keeps of one block, and one batch's hidden states between blocks.
+What lies behind the last block runs once a batch and gives the gradient that goes back through
+the blocks. Knows no models by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -39,8 +40,10 @@ def backward(
     """Call ``visit`` for every linear layer inside the module's blocks and every batch.
 
     The loss is -log p(label), summed over places, where the module gives logits; for other
-    outputs half the squared distance to the output itself, of unit variance. Raises
-    `JoulesmithError` where there is nothing to differentiate.
+    outputs half the squared distance to the output itself, of unit variance. Given labels are
+    ``labels`` of the batch (-100 for none), shifted by one where the module generates text, else
+    the next tokens of ``input_ids``. Raises `JoulesmithError` where there is nothing to
+    differentiate, labels are missing, or outputs are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     wanted = [(p, p.requires_grad) for p in module.parameters()]
@@ -68,13 +71,13 @@ def _one(
         with _Outputs(linears_of(s.module)) as taps, torch.enable_grad():
             # Something must want gradients for any to be kept: the first layers' outputs do.
             out = s.run(s.module, b, None)
-            loss = _loss(out, s.batches[b], labels, generator)
+            loss = _loss(s.module, out, s.batches[b], labels, generator)
             _back(loss, None)
         taps.told(visit)
         return
     hidden = [s.get(0, b)]
     for block in blocks[:-1]:
-        hidden.append(hidden_of(s.run(block, b, hidden[-1])))
+        hidden.append(hidden_of(s.run(block, b, _own(hidden[-1]))))
     grad: Tensor | None = _behind(s, blocks, b, hidden[-1], labels, generator)
     for i in reversed(range(len(blocks))):
         x = hidden.pop()
@@ -82,11 +85,19 @@ def _one(
         x = x.detach().requires_grad_(x.is_floating_point())
         name = list(s.names)[i]
         with _Outputs(linears_of(blocks[i], name)) as taps, torch.enable_grad():
-            out = hidden_of(s.run(blocks[i], b, x))
+            out = hidden_of(s.run(blocks[i], b, _own(x)))
+            if not out.requires_grad:  # an embedding of whole numbers: nothing lies before it
+                break
             _back(out, grad)
         taps.told(visit)
-        assert x.grad is not None or i == 0
+        if x.grad is None:
+            break
         grad = x.grad
+
+
+def _own(x: Tensor | None) -> Tensor | None:
+    """A copy for a block that may work in place."""
+    return None if x is None else x.clone()
 
 
 def _behind(
@@ -98,15 +109,16 @@ def _behind(
     generator: torch.Generator,
 ) -> Tensor:
     """Gradient of the loss at the last block's output: the module runs with that put in."""
-    leaf = hidden_of(s.run(blocks[-1], b, hidden)).detach().requires_grad_(True)
+    leaf = hidden_of(s.run(blocks[-1], b, _own(hidden))).detach().requires_grad_(True)
 
     def put(_: nn.Module, args: Any, out: Any) -> Any:
-        return (leaf, *out[1:]) if isinstance(out, tuple) else leaf
+        return (leaf.clone(), *out[1:]) if isinstance(out, tuple) else leaf.clone()
 
     handle = blocks[-1].register_forward_hook(put)
     try:
         with torch.enable_grad():
-            loss = _loss(call(s.module, s.batches[b]), s.batches[b], labels, generator)
+            out = call(s.module, s.batches[b])
+            loss = _loss(s.module, out, s.batches[b], labels, generator)
             _back(loss, None)
     finally:
         handle.remove()
@@ -120,30 +132,47 @@ def _back(out: Tensor, grad: Tensor | None) -> None:
     torch.autograd.backward(out, grad)
 
 
-def _loss(out: Any, batch: Batch, labels: Labels, generator: torch.Generator) -> Tensor:
+def _loss(
+    module: nn.Module, out: Any, batch: Batch, labels: Labels, generator: torch.Generator
+) -> Tensor:
     logits = getattr(out, "logits", None)
     plain = out if isinstance(out, Tensor) else None
     if logits is None and plain is not None and plain.ndim == 2 and plain.shape[1] > 1:
         logits = plain  # a classifier
     if logits is not None and logits.shape[-1] > 1:
+        _check_finite(logits)
         logp = torch.log_softmax(logits.float(), -1).flatten(0, -2)
         if labels == "given":
-            return _given(logits, logp, batch)
+            return _given(module, logits, logp, batch)
         drawn = torch.multinomial(logp.detach().exp(), 1, generator=generator)
         return -logp.gather(1, drawn).sum()
     y = plain if plain is not None else logits
     if y is None:
-        y = next(v for v in out.values() if isinstance(v, Tensor) and v.is_floating_point())
+        parts = out.values() if isinstance(out, Mapping) else out if isinstance(out, tuple) else ()
+        y = next((v for v in parts if isinstance(v, Tensor) and v.is_floating_point()), None)
+    if y is None:
+        raise JoulesmithError(f"the module gives no tensor of floats, but {type(out).__name__}")
+    _check_finite(y)
     # E over unit noise e of the gradient of |y - (y + e)|^2 / 2.
     return (y.float() * torch.randn(y.shape, generator=generator)).sum()
 
 
-def _given(logits: Tensor, logp: Tensor, batch: Batch) -> Tensor:
-    given = batch.get("labels", batch.get("input_ids")) if not isinstance(batch, Tensor) else None
+def _check_finite(out: Tensor) -> None:
+    if not bool(torch.isfinite(out).all()):
+        raise JoulesmithError("the module's outputs are not finite on the calibration data")
+
+
+def _given(module: nn.Module, logits: Tensor, logp: Tensor, batch: Batch) -> Tensor:
+    own = batch.get("labels") if isinstance(batch, Mapping) else None
+    given = batch.get("input_ids") if own is None and isinstance(batch, Mapping) else own
     if given is None or given.shape != logits.shape[:-1]:
-        raise JoulesmithError("the data has no labels to take gradients of: give token windows")
-    shifted = logp.view(logits.shape)[:, :-1].flatten(0, -2)
-    return -shifted.gather(1, given[:, 1:].reshape(-1, 1)).sum()
+        raise JoulesmithError(
+            "the data has no labels to take gradients of: give token windows, or batches with "
+            "labels"
+        )
+    if given.ndim > 1 and (own is None or hasattr(module, "generate")):
+        logp, given = logp.view(logits.shape)[:, :-1].flatten(0, -2), given[:, 1:]
+    return nn.functional.nll_loss(logp, given.reshape(-1), ignore_index=-100, reduction="sum")
 
 
 class _Outputs:
@@ -161,7 +190,7 @@ class _Outputs:
 
     def _note(self, name: str, x: Tensor, out: Tensor) -> Tensor:
         if not out.requires_grad:
-            out = out.detach().requires_grad_(True)
+            out = out.detach().requires_grad_(True).clone()  # what follows may work in place
         self.x.setdefault(name, []).append(x.detach())
         kept = self.g.setdefault(name, [])
         out.register_hook(kept.append)  # type: ignore[no-untyped-call]

@@ -8,8 +8,10 @@ inputs) that may be read and written. Knows no models by name.
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +90,7 @@ def linears_of(module: nn.Module, prefix: str = "") -> dict[str, Linear]:
 
 
 def _held(m: nn.Module, name: str) -> Iterator[Linear]:
-    if isinstance(m, nn.Linear):
+    if isinstance(m, nn.Linear) and _is_matrix(m):
         yield Linear(name, m, "weight")
     elif type(m).__name__ == "Conv1D" and _is_matrix(m):
         yield Linear(name, m, "weight", transposed=True)
@@ -129,10 +131,45 @@ def _inside(path: str, blocks: dict[str, nn.Module]) -> bool:
     return any(path.startswith(f"{name}.") for name in blocks)
 
 
+class Undo:
+    """Weights as they were, on disk, until all went well: an error inside the context puts
+    them back. scratch: folder for them."""
+
+    def __init__(self, scratch: Path | None = None) -> None:
+        self._place = scratch
+        self._kept: list[Linear] = []
+
+    def __enter__(self) -> Undo:
+        self._folder = tempfile.TemporaryDirectory(prefix="undo-", dir=self._place)
+        return self
+
+    def keep(self, layer: Linear) -> None:
+        """Call before a layer changes. Raises `JoulesmithError` where the disk is full."""
+        bias = layer.bias
+        kept = layer.matrix.clone(), None if bias is None else bias.detach().clone()
+        try:
+            torch.save(kept, Path(self._folder.name) / f"{len(self._kept)}.pt")
+        except (OSError, RuntimeError) as e:
+            raise JoulesmithError(
+                f"cannot keep weights in {self._folder.name}: {e}; free some space"
+            ) from e
+        self._kept.append(layer)
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if kind is not None:
+            for i, layer in reversed(list(enumerate(self._kept))):
+                matrix, bias = torch.load(Path(self._folder.name) / f"{i}.pt", weights_only=True)
+                layer.write(matrix)
+                if layer.bias is not None:
+                    with torch.no_grad():
+                        layer.bias.copy_(bias)
+        self._folder.cleanup()
+
+
 def check_weights(layers: dict[str, Linear]) -> None:
     """Raises `JoulesmithError` naming the first layer that holds NaN or infinity."""
     for name, layer in layers.items():
-        if not bool(torch.isfinite(layer.stored).all()):
+        if not bool(torch.isfinite(layer.matrix).all()):
             raise JoulesmithError(f"{name} holds NaN or infinity: download or train it again")
 
 

@@ -97,6 +97,7 @@ class Streams:
         self.module, self.batches, self.targets, self._place = module, batches, targets, scratch
         self.names: dict[str, nn.Module] = {}
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._types: dict[tuple[int, int], torch.dtype] = {}
 
     def __enter__(self) -> Streams:
         self._stack = ExitStack()
@@ -130,9 +131,6 @@ class Streams:
         found = blocks_of(self.module)
         self.names = found if len(found) > 1 and self._chained(found) else {"": self.module}
         if "" in self.names:
-            for b, batch in enumerate(self.batches):
-                self._calls.append(_arguments(batch))
-                self.put(0, b, None)
             return
         first = next(iter(self.names.values()))
         for b, batch in enumerate(self.batches):
@@ -176,16 +174,18 @@ class Streams:
 
     def run(self, block: nn.Module, b: int, hidden: Tensor | None) -> Any:
         """A batch through a block."""
+        if "" in self.names:
+            return call(block, self.batches[b])
         args, kwargs = self._calls[b]
-        first = () if hidden is None else (hidden,)
-        return block(*first, *args, **kwargs)
+        return block(hidden, *args, **kwargs)
 
-    def put(self, stream: int, b: int, x: Tensor | None) -> None:
+    def put(self, stream: int, b: int, x: Tensor) -> None:
         """Keep hidden states. stream: 0 as the module is by now, 1 as it was."""
-        if x is None:
-            return
-        try:
-            np.save(self.folder / f"{stream}.{b}.npy", x.numpy())
+        x = x.detach()
+        self._types[stream, b] = x.dtype
+        try:  # numpy has no bfloat16
+            kept = x.contiguous().view(torch.int16) if x.dtype == torch.bfloat16 else x
+            np.save(self.folder / f"{stream}.{b}.npy", kept.numpy())
         except OSError as e:
             raise JoulesmithError(
                 f"cannot keep activations in {self.folder.parent}: {e.strerror or e}; "
@@ -196,7 +196,8 @@ class Streams:
         """As they were put."""
         if "" in self.names:
             return None
-        return torch.from_numpy(np.load(self.folder / f"{stream}.{b}.npy", allow_pickle=False))
+        found = np.load(self.folder / f"{stream}.{b}.npy", allow_pickle=False)
+        return torch.from_numpy(found).view(self._types[stream, b])
 
 
 class Block:
@@ -230,6 +231,7 @@ class Block:
         seen: list[tuple[str, Tensor]] = []
         with tapped(chosen, before=lambda name, x: seen.append((name, x))):
             self.streams.run(self.module, 0, self.streams.get(0, 0))
+        self._check_experts(chosen, {name for name, _ in seen})
         seen += [(n, chosen[n].matrix) for n in chosen if n not in {m for m, _ in seen}]
         groups: list[tuple[Any, dict[str, Linear]]] = []
         for name, x in seen:
@@ -239,6 +241,16 @@ class Block:
             elif not any(name in g for _, g in groups):
                 groups.append((key, {name: chosen[name]}))
         return [g for _, g in groups]
+
+    def _check_experts(self, chosen: dict[str, Linear], seen: set[str]) -> None:
+        """Some expert gets every token; where none was seen, they are multiplied unheard."""
+        heard = {id(chosen[n].stored) for n in seen if chosen[n].expert is not None}
+        for name, layer in chosen.items():
+            if layer.expert is not None and id(layer.stored) not in heard:
+                whole = name.rpartition(".")[0]
+                raise JoulesmithError(
+                    f"the experts {whole} are not multiplied one by one: leave them out"
+                )
 
     def _stats(self, groups: list[dict[str, Linear]], before: nn.Module | None) -> list[InputStats]:
         s, heads = self.streams, [next(iter(g)) for g in groups]
@@ -284,7 +296,9 @@ class Block:
             for part in (t.gram, t.mean, t.dense_mean, t.cross):
                 if part is not None:
                     part /= t.count
-            if not bool(torch.isfinite(t.gram).all()):
+            if not all(
+                bool(torch.isfinite(part).all()) for part in (t.gram, t.cross) if part is not None
+            ):
                 raise JoulesmithError(
                     f"the inputs of {name} are not finite on the calibration data"
                 )

@@ -8,6 +8,7 @@ The same run as `quantize`, whose recipe begins with steps that take weights awa
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 
 from joulesmith.compress.prune.step import Prune
 from joulesmith.compress.prune.structured import Shrink
+from joulesmith.compress.quantize.input_types import SCHEMES
 from joulesmith.compress.recipe import Recipe, first_error
 from joulesmith.errors import JoulesmithError
 from joulesmith.export import forms
@@ -62,6 +64,11 @@ def compress(
         steps.append(shrink_step(shrink, number))
     if prune is not None:
         steps.append(prune_step(prune, {**(settings or {}), "seed": number}))
+    if prune is not None and kind in SCHEMES:
+        raise JoulesmithError(
+            f"--type {kind} rounds with error feedback, which fills the zeros of --prune: leave "
+            "one of them out"
+        )
     if form is None:
         form = _form(out, prune, kind)
 
@@ -72,10 +79,11 @@ def compress(
         rounded = recipes.recipe_of(loaded, form, kind, effort=effort, seed=number)
         return Recipe((*steps, *rounded.steps), loaded.name)
 
-    return run_recipe(
+    found = run_recipe(
         model, out, form, recipe_for,
         calib=calib, evaluation=evaluation, seed=number, progress=progress,
     )  # fmt: skip
+    return replace(found, type=kind or "", effort="default" if prune is None else "nearest")
 
 
 def _form(out: Path, prune: str | None, kind: str | None) -> str:

@@ -205,6 +205,7 @@ def run_recipe(
         if not steps.steps:
             raise JoulesmithError("the recipe has no steps: give it one, such as quantize")
         first, rest = recipes.parted(steps)
+        recipes.check_shrink(first, loaded)
         # A model that is made smaller first is fitted when its shapes are known.
         fitted = None if first.steps else recipes.fit(rest, loaded, form)
     windows = [round(CALIBRATION * share), LENGTH]

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from joulesmith.compress.lowrank.absorb_step import Absorb
 from joulesmith.compress.lowrank.step import LowRank
 from joulesmith.compress.prune.step import Prune
@@ -130,6 +132,17 @@ def parted(recipe: Recipe) -> tuple[Recipe, Recipe]:
     return replace(recipe, steps=steps[:last]), replace(recipe, steps=steps[last:])
 
 
+def check_shrink(first: Recipe, model: Model) -> None:
+    """What shapes alone tell of steps that shrink. Raises `JoulesmithError` as they do."""
+    from joulesmith.compress.prune.shrink import shape_of
+
+    for step in first.steps:
+        if isinstance(step, Shrink):
+            step.shape(shape_of(model))
+            step.budget(model.parameters)
+            return  # the others see other shapes
+
+
 def fit(recipe: Recipe, model: Model, form: str) -> Fitted:
     """Check a recipe against a model and a format.
 
@@ -160,7 +173,7 @@ def fit(recipe: Recipe, model: Model, form: str) -> Fitted:
         elif isinstance(step, LowRank):
             step.shapes(model)
         elif isinstance(step, Prune):
-            step.share(model)
+            step.check(model)
             pruned = i + 1
         elif isinstance(step, RoundInputs):
             _schemed(found, step.scheme, i)
@@ -190,6 +203,8 @@ def fit(recipe: Recipe, model: Model, form: str) -> Fitted:
             _typed(found, choice.types, i)
         elif isinstance(step, Quantize):
             _quantized(found, step, i, model, untied)
+            if pruned is not None:
+                _check_zeros(found.by_step[i], model, pruned)
     settled = settle_types(model, found.types, untied)
     refs = {r.name: r for r in model.matrices(split_head=untied or HEAD in settled)}
     for name, ref in refs.items():
@@ -214,6 +229,23 @@ def _fills(step: Step) -> bool:
         rounded = step.effort == "nearest" and not step.learn_steps and not step.tune_epochs
         return not rounded or (step.default or "") in SCHEMES
     return isinstance(step, Absorb)
+
+
+def _check_zeros(types: Mapping[str, str], model: Model, pruned: int) -> None:
+    """Raises `JoulesmithError` for a type whose codes have no zero: rounding would fill them."""
+    columns = {r.name: r.shape[1] for r in model.matrices() if r.layer is not None}
+    holds: dict[tuple[str, int], bool] = {}
+    for name, kind in types.items():
+        if name in columns and (key := (kind, columns[name])) not in holds:
+            probe = np.random.default_rng(0).normal(size=(4, columns[name])).astype(np.float32)
+            probe[:, ::2] = 0
+            g = grid(kind)
+            holds[key] = not g.unpack(g.pack(probe), columns[name])[:, ::2].any()
+            if not holds[key]:
+                raise JoulesmithError(
+                    f"{name} is {kind}, which has no exact zero and would fill those of step "
+                    f"{pruned} of the recipe: give Q8_0, Q6_K, Q5_0, Q4_0, INT8-G64, INT4-G32 ..."
+                )
 
 
 def _quantized(found: Fitted, step: Quantize, i: int, model: Model, untied: bool) -> None:

@@ -44,8 +44,9 @@ def problem(
 ) -> Problem:
     """weight (rows, n), gram (n, n) E[x x^T], cross (n, n) E[y x^T] -> `Problem`.
 
-    damping: pulls towards ``weight``, as a share of the diagonal and of its mean. Raises
-    `JoulesmithError` where moments are not finite.
+    damping: pulls towards ``weight``, as a share of the diagonal; tenfold until what rounding
+    left of the moments is positive definite. Raises `JoulesmithError` where moments are not
+    finite, or far from positive semidefinite.
     """
     if not bool(torch.isfinite(gram).all()):
         raise JoulesmithError("the input moments hold NaN or infinity: check the calibration data")
@@ -55,12 +56,20 @@ def problem(
     root = (d + 1e-4 * mean).sqrt()
     a = gram / root[:, None] / root
     a = (a + a.T) / 2
-    a.diagonal().add_(damping)
+    added = 0.0
+    while added == 0 or int(torch.linalg.cholesky_ex(a).info) != 0:
+        a.diagonal().add_(damping)
+        added += damping
+        damping = 9 * added
+        if added > 1e6:
+            raise JoulesmithError(
+                "the input moments are far from positive semidefinite: check the calibration data"
+            )
     best = w * root
     if cross is not None:
         # B = W (C + damping), solved for the weights without zeros.
         c = cross / root[:, None] / root
-        c.diagonal().add_(damping)
+        c.diagonal().add_(added)
         best = torch.linalg.solve(a.double(), (best @ c).T.double()).T.float().contiguous()
     return Problem(a, best, root)
 

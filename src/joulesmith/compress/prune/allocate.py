@@ -72,14 +72,16 @@ def by_damage(curves: Mapping[str, Curve], sparsity: float) -> dict[str, float]:
     """Shares that make ``sparsity`` of all weights zero at the least predicted damage.
 
     Damages of layers add up (to first order in what is lost); where each grows as exp(a s + b),
-    the best shares have the same slope a exp(a s + b) / size. Shares stay in [LEAST, MOST].
+    the best shares have the same slope a exp(a s + b) / size. Shares stay in [LEAST, MOST], or
+    halfway to all where so many shall go that MOST is not enough.
     """
     names = list(curves)
     size = np.array([curves[n].size for n in names], float)
     a, b = np.array([curves[n].exponent() for n in names]).T
+    most = max(MOST, (1 + sparsity) / 2)
 
     def at(log_slope: float) -> NDArray[np.float64]:
-        found: NDArray[np.float64] = np.clip((log_slope + np.log(size / a) - b) / a, LEAST, MOST)
+        found: NDArray[np.float64] = np.clip((log_slope + np.log(size / a) - b) / a, LEAST, most)
         return found
 
     low, high = -200.0, 200.0

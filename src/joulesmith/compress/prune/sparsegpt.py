@@ -75,7 +75,7 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
 
     The damping is raised tenfold until the matrix is positive definite.
     """
-    h = gram.double()
+    h = gram.to(torch.float64, copy=True)
     dead = h.diagonal() <= 0
     mean = float(h.diagonal()[~dead].mean()) if bool((~dead).any()) else 1.0
     h.diagonal()[dead] = mean

@@ -76,6 +76,22 @@ class Prune(Step):
             )
         return (model.parameters - self.parameters) / size
 
+    def check(self, model: Model) -> None:
+        """Raises `JoulesmithError` for what shapes and settings alone tell is wrong."""
+        from joulesmith.compress.prune.patterns import parse_pattern
+        from joulesmith.compress.prune.walk import check, prunable
+
+        if (self.before is not None) != (self.method in ("movement", "update")):
+            raise JoulesmithError(
+                f"{self.method} compares with the model before training: give before"
+                if self.before is None
+                else f"{self.method} does not look at the model before training: leave before out"
+            )
+        check(
+            prunable(model.module, self.layers), self.share(model), self.threshold,
+            parse_pattern(self.pattern), self.method, self.allocation, self.repair,
+        )  # fmt: skip
+
     def apply(
         self, model: Model, calibration: NDArray[np.int32], progress: Tick = silent
     ) -> StepRecord:

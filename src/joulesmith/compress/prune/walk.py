@@ -7,6 +7,7 @@ there are one block twice and one batch; hidden states wait on disk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from joulesmith.compress.gradients import Labels, backward
-from joulesmith.compress.layers import Linear, blocks_of, check_weights, linears_of, select
+from joulesmith.compress.layers import (
+    Linear,
+    Undo,
+    blocks_of,
+    check_weights,
+    linears_of,
+    select,
+)
 from joulesmith.compress.prune import admm, allocate
 from joulesmith.compress.prune.magnitude import magnitude
 from joulesmith.compress.prune.movement import movement, update_size
@@ -126,7 +134,8 @@ def prune_module(
     """
     kind = parse_pattern(pattern) if isinstance(pattern, str) else pattern
     chosen = prunable(module, layers)
-    share = _checked(chosen, sparsity, threshold, kind, method, repair, before)
+    share = check(chosen, sparsity, threshold, kind, method, allocation, repair)
+    _check_weights(chosen, share if threshold is None else None, method, before)
     if allocation is None:
         allocation = (
             "damage" if method == "admm" else "uniform" if method in ("wanda", "sparsegpt")
@@ -136,8 +145,6 @@ def prune_module(
         allocation = "uniform"  # the pattern says how many
     if method == "wanda" and allocation == "uniform" and kind.name == "unstructured":
         kind = Pattern(by_row=True)
-    if method in SOLVERS and allocation == "threshold":
-        raise JoulesmithError(f"{method} has no scores to compare layers by: allocate by damage")
     batches = None if data is None else as_batches(data)
     if batches is None and (method not in _NO_DATA or repair or allocation == "damage"):
         raise JoulesmithError(f"{method} needs calibration data: give some text")
@@ -161,18 +168,24 @@ def prune_module(
 # -- before anything changes ------------------------------------------------------------
 
 
-def _checked(
+def check(
     chosen: Mapping[str, Linear],
     sparsity: float | None,
     threshold: float | None,
     kind: Pattern,
     method: str,
-    repair: bool,
-    before: Mapping[str, Tensor] | None,
+    allocation: str | None = None,
+    repair: bool = False,
 ) -> float:
-    """The share of zeros (0 with a threshold). Raises `JoulesmithError`."""
-    if method not in METHODS:
-        raise JoulesmithError(f"unknown method {method[:40]!r}: give one of {', '.join(METHODS)}")
+    """The share of zeros (0 with a threshold), from settings and shapes alone.
+
+    Raises `JoulesmithError` as `prune_module` does for them.
+    """
+    for word, value, known in (
+        ("method", method, METHODS), ("allocation", allocation, get_args(Allocation)),
+    ):  # fmt: skip
+        if value is not None and value not in known:
+            raise JoulesmithError(f"unknown {word} {value[:40]!r}: give one of {', '.join(known)}")
     if kind.sparsity is not None:
         if threshold is not None or (sparsity is not None and sparsity != kind.sparsity):
             raise JoulesmithError(
@@ -185,8 +198,13 @@ def _checked(
             raise JoulesmithError("give a sparsity or a threshold, not both")
         if method in SOLVERS:
             raise JoulesmithError(f"{method} has no scores to hold against a threshold")
-        if not threshold > 0:
-            raise JoulesmithError(f"a threshold is above 0, not {threshold:g}")
+        if not 0 < threshold < math.inf:
+            raise JoulesmithError(f"a threshold is above 0 and finite, not {threshold:g}")
+        if allocation not in (None, "threshold"):
+            raise JoulesmithError(
+                f"a threshold settles how many zeros a layer gets: leave allocation {allocation} "
+                "out"
+            )
     elif sparsity is None:
         raise JoulesmithError("say how much shall go: a sparsity, a threshold or a pattern N:M")
     elif not 0 < sparsity < 1:
@@ -195,6 +213,25 @@ def _checked(
         )
     if repair and method in SOLVERS:
         raise JoulesmithError(f"{method} repairs by itself: leave repair out")
+    if method in SOLVERS and allocation == "threshold":
+        raise JoulesmithError(f"{method} has no scores to compare layers by: allocate by damage")
+    if kind.sparsity is not None and allocation not in (None, "uniform"):
+        raise JoulesmithError(
+            f"the pattern {kind.name} makes equally many zeros everywhere: leave allocation "
+            f"{allocation} out"
+        )
+    for name, layer in chosen.items():
+        kind.check(name, layer.shape)
+    return sparsity or 0.0
+
+
+def _check_weights(
+    chosen: Mapping[str, Linear],
+    share: float | None,
+    method: str,
+    before: Mapping[str, Tensor] | None,
+) -> None:
+    """share: of zeros, None with a threshold. Raises `JoulesmithError`."""
     if (before is not None) != (method in _COMPARED):
         raise JoulesmithError(
             f"{method} compares with the weights before training: give them"
@@ -202,19 +239,16 @@ def _checked(
             else f"{method} does not look at weights before training: leave them out"
         )
     for name, layer in chosen.items():
-        kind.check(name, layer.shape)
         if before is not None and (name not in before or before[name].shape != layer.shape):
             raise JoulesmithError(f"the weights before training have no {name} of that shape")
     check_weights(dict(chosen))
-    share = sparsity or 0.0
     size = sum(x.matrix.numel() for x in chosen.values())
     zeros = sum(int((x.matrix == 0).sum()) for x in chosen.values()) / size
-    if threshold is None and zeros > share + 1e-6:
+    if share is not None and zeros > share + 1e-6:
         raise JoulesmithError(
             f"the model is pruned already: {zeros:.1%} of these weights are zero, more than the "
             f"{share:.1%} asked for"
         )
-    return share
 
 
 def _survey(
@@ -236,6 +270,11 @@ def _survey(
         few = _spread(batches, GRADED, single=True)
         if method in _GRADED:
             _weight_gradients(module, chosen, batches, method, labels, seed, scratch, told)
+            missing = [n for n in chosen if n not in told.slopes]
+            if missing:
+                raise JoulesmithError(
+                    f"gradients never reached the layer {missing[0]}: leave it out"
+                )
         if allocation == "damage":
             _row_gradients(module, chosen, few, seed, scratch, told)
         progress(0.4)
@@ -303,8 +342,17 @@ def _row_gradients(
             counts[name] = counts.get(name, 0) + len(g)
 
     backward(module, batches, add, labels="drawn", seed=seed, scratch=scratch)
-    for name, n in counts.items():
-        told.rows[name] /= n
+    # A token: what few of them reach, such as an expert, does less damage to each.
+    tokens = max(counts.values(), default=1)
+    for name in told.rows:
+        told.rows[name] /= tokens
+        if not bool(torch.isfinite(told.rows[name]).all()):
+            raise JoulesmithError(f"the gradients of {name} are not finite")
+    # An expert that none of them reached is worth as much as the one that is worth least.
+    least = min((float(r.mean()) for r in told.rows.values()), default=1.0)
+    for name, layer in chosen.items():
+        if name not in told.rows and layer.expert is not None:
+            told.rows[name] = torch.full((layer.shape[0],), least)
 
 
 def _weight_gradients(
@@ -317,15 +365,26 @@ def _weight_gradients(
     scratch: Path | None,
     told: _Survey,
 ) -> None:
-    """E[g] over batches for "taylor", E[g^2] for "fisher", of each weight."""
+    """E[g] over tokens for "taylor", E[g^2] for "fisher", of each weight.
+
+    The latter from sums over batches, whose tokens count as independent.
+    """
+    counts: dict[str, int] = {}
 
     def add(name: str, layer: Linear, x: Tensor, g: Tensor) -> None:
         if name in chosen:
-            d = g.float().T @ x.float() / len(x)
-            d = d.square() * len(x) if method == "fisher" else d
-            told.slopes[name] = told.slopes.get(name, torch.zeros_like(d)) + d / len(batches)
+            d = g.float().T @ x.float()
+            d = d.square() if method == "fisher" else d
+            told.slopes[name] = told.slopes[name] + d if name in told.slopes else d
+            counts[name] = counts.get(name, 0) + len(x)
 
     backward(module, batches, add, labels=labels, seed=seed, scratch=scratch)
+    tokens = max(counts.values(), default=1)
+    for name, layer in chosen.items():
+        if name in told.slopes:
+            told.slopes[name] /= tokens
+        elif layer.expert is not None:  # no token went there
+            told.slopes[name] = torch.zeros(layer.shape)
 
 
 def _spread(batches: list[Batch], most: int, *, single: bool = False) -> list[Batch]:
@@ -386,9 +445,7 @@ def _score(
         assert stats is not None
         return wanda(w, stats.squares)
     if method in _GRADED:
-        slope = told.slopes.get(name)
-        if slope is None:
-            raise JoulesmithError(f"gradients never reached the layer {name}: leave it out")
+        slope = told.slopes[name]
         return taylor(w, slope) if method == "taylor" else fisher(w, slope)
     assert before is not None
     compare = movement if method == "movement" else update_size
@@ -442,7 +499,10 @@ def _walk(
     found: dict[str, Pruned] = {}
     # What published methods look at: a block's inputs as they are by now, its layers all dense.
     plain = method in ("sparsegpt", "wanda") and not repair
-    with Streams(module, batches, targets=not plain, scratch=scratch) as streams:
+    with (
+        Undo(scratch) as undo,
+        Streams(module, batches, targets=not plain, scratch=scratch) as streams,
+    ):
         for block in streams.blocks():
             for group in block.groups(at_once=plain, wanted=set(chosen)):
                 for name, layer in group.layers.items():
@@ -462,14 +522,12 @@ def _walk(
                             score = _score(layer, name, method, told, before, group.stats)
                             mask = _mask(score, layer, shares[name], threshold, kind)
                             new = admm.refitted(p, mask) / p.scale if repair else old * mask
+                    undo.keep(layer)
                     layer.write(new)
                     if not plain:
                         _mend_bias(layer, old, group.stats)
                     found[name] = _report(name, layer, told, _error(old, new, group.stats))
             progress((block.index + 1) / len(streams.names))
-    missing = [n for n in chosen if n not in found]
-    if missing:
-        raise JoulesmithError(f"calibration never reached the layer {missing[0]}: give more data")
     return [found[n] for n in chosen]
 
 
