@@ -33,6 +33,9 @@ PROMPT = 16
 def pruned(tall: bool) -> tuple[models.Model, dict[str, Any]]:
     """The model with 75 % zeros, and its codes. tall: 64 rows share their columns."""
     model = models.load("smollm2")
+    with torch.no_grad():
+        for parameter in model.module.parameters():
+            parameter.copy_(parameter.half().float())
     packed = {}
     for ref in model.matrices():
         if ref.layer is None:
@@ -82,7 +85,8 @@ def main() -> None:
         model, packed = pruned(tall)
         sizes = write_sparse(model, folder, packed)
         if not tall:
-            pack_model(model, packed)  # groups of 64: on torch's kernel
+            model.module.bfloat16()
+            pack_model(model, packed)  # groups of 64 and bfloat16: on torch's kernel
         blocks = [s for s in sizes if "layers" in s.name]
         weights = sum(p.numel() for p in models.load("smollm2").module.parameters())
         forms = {
@@ -92,8 +96,7 @@ def main() -> None:
             ).module,
         }
         if not tall:
-            forms["dense INT4-G64, torch kernel"] = model.module.bfloat16()
-            model.module.lm_head.weight = model.module.model.embed_tokens.weight
+            forms["dense INT4-G64, torch kernel"] = model.module
         del model, packed
         gc.collect()
         found: dict[str, list[float]] = {name: [] for name in forms}

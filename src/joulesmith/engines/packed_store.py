@@ -58,7 +58,7 @@ class Store(torch.nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """x (n, columns) -> ``x @ weight.T`` (n, rows), in x's dtype."""
-        dtype = _working_dtype(x)
+        dtype = working_dtype(x)
         given = x.to(dtype)
         out = x.new_empty(x.shape[0], self.rows)
         step = self._tile_rows()
@@ -74,7 +74,7 @@ class Store(torch.nn.Module):
         return f"{self.kind}, {self.rows}, {self.columns}"
 
 
-def _working_dtype(x: Tensor) -> torch.dtype:
+def working_dtype(x: Tensor) -> torch.dtype:
     """What a tile is multiplied in: half floats are slow on CPUs, bfloat16 for a few rows."""
     if x.device.type == "cpu" and (
         x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and x.shape[0] <= _FEW)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from joulesmith.compress.sparse.layouts import spans
 from joulesmith.compress.sparse.tensor import SparseTensor, check, read_tile
-from joulesmith.engines.packed_store import Store
+from joulesmith.engines.packed_store import working_dtype
 from joulesmith.engines.sparse_native import BLOCK, FEW, NativeSparse, share, takes
 from joulesmith.errors import JoulesmithError
 
@@ -64,8 +64,11 @@ class NativeColumns(NativeSparse):
         rows = np.arange(self.rows)[at if isinstance(at, slice) else at.numpy()]
         wide = self._blocks * BLOCK
         narrow = torch.empty(len(rows), wide)
-        for i, row in enumerate(rows.tolist()):
-            self._run(row, row + 1, 0, 0, narrow.data_ptr() + 4 * wide * i)
+        if isinstance(at, slice):
+            self._run(at.start, at.stop, 0, 0, narrow.data_ptr())
+        else:
+            for i, row in enumerate(rows.tolist()):
+                self._run(row, row + 1, 0, 0, narrow.data_ptr() + 4 * wide * i)
         out = torch.zeros(len(rows), self.columns)
         # places that are filled up stand for column 0: added, as they hold zeros
         where = torch.from_numpy(self._at[rows // self._height].astype(np.int64))
@@ -74,7 +77,7 @@ class NativeColumns(NativeSparse):
     def product(self, x: Tensor) -> Tensor:
         """x (n, columns) -> ``x @ weight.T`` (n, rows), in x's dtype and place."""
         if len(x) > FEW or not len(x):
-            return Store.product(self, x.cpu()).to(x.device)
+            return self._many(x.cpu()).to(x.device)
         given = x.to("cpu", torch.float32).contiguous()
         out = torch.empty(len(x), self.rows)
         parts = self._parts(len(self._at))
@@ -83,6 +86,20 @@ class NativeColumns(NativeSparse):
             a, b = given[first].data_ptr(), out[first].data_ptr()
             share(self._columns, parts, count, a, b)
         return out.to(x.device, x.dtype)
+
+    def _many(self, x: Tensor) -> Tensor:
+        """As `product`, a tile at a time by torch: its kernels are best at many inputs."""
+        dtype = working_dtype(x)
+        given = x.to(dtype)
+        out = x.new_empty(len(x), self.rows)
+        narrow = torch.empty(self._height, self._blocks * BLOCK)
+        for tile, columns in enumerate(torch.from_numpy(self._at)):
+            first = tile * self._height
+            last = min(first + self._height, self.rows)
+            self._run(first, last, 0, 0, narrow.data_ptr())
+            weight = narrow[: last - first].to(dtype)
+            out[:, first:last] = torch.nn.functional.linear(given[:, columns], weight)
+        return out
 
     def _columns(self, start: int, stop: int, count: int, x: int, out: int) -> None:
         room = np.empty(count * 100 * self._blocks + self._groups + 4 * self._blocks, np.float32)
