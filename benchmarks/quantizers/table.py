@@ -180,8 +180,9 @@ def failures(lines: list[Line], noun: str, key: Callable[[str], Any]) -> list[st
         "fresh",
     )
     done = {tuple(x[k] for k in identity) for x in lines if "error" not in x}
-    for x in lines:
-        if "error" in x and tuple(x[k] for k in identity) not in done:
+    last = {tuple(x[k] for k in identity): x for x in lines if "error" in x}
+    for name, x in last.items():
+        if name not in done:
             failed[x["subject"], f"{x['peer']}:{x['variant']}", x["error"]].append(x["setting"])
     if not failed:
         return []

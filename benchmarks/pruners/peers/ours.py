@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.pruners.settings import Setting
+from benchmarks.quantizers.peers.common import plain_logits
 from benchmarks.quantizers.peers.ours import load, versions
 
-__all__ = ["VARIANTS", "load", "prune", "versions", "warm_imports", "weights"]
+__all__ = ["VARIANTS", "forward", "load", "prune", "versions", "warm_imports", "weights"]
 
 VARIANTS: dict[str, dict[str, str]] = {
     "default": {},
@@ -37,3 +38,8 @@ def weights(pruned: Any, setting: Setting, variant: str) -> tuple[dict[str, Any]
     """Of the module."""
     words = ", ".join(f"{k} {v}" for k, v in VARIANTS[variant].items())
     return pruned.module.state_dict(), words or "its defaults"
+
+
+def forward(pruned: Any, ids: Any) -> Any:
+    """Logits of the module itself."""
+    return plain_logits(pruned.module, ids)
