@@ -13,6 +13,7 @@ from joulesmith.compress.gradients import backward
 from joulesmith.compress.layers import Linear, blocks_of, linears_of
 from joulesmith.compress.taps import experts_one_by_one
 from joulesmith.errors import JoulesmithError
+from joulesmith.moments import drawn_from
 from small_modules import Branches, language, mlp, tokens
 
 Loss = Callable[[Any, Any], Tensor]
@@ -69,7 +70,7 @@ def drawn(seed: int) -> Loss:
             y = out.last_hidden_state
             return (y * torch.randn(y.shape, generator=generator)).sum()
         logp = y.log_softmax(-1).flatten(0, -2)
-        labels = torch.multinomial(logp.detach().exp(), 1, generator=generator)
+        labels, _ = drawn_from(logp.detach().exp(), generator)
         return -logp.gather(1, labels).sum()
 
     return loss

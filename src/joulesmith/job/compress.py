@@ -16,6 +16,8 @@ from pydantic import ValidationError
 
 from joulesmith.compress.prune.step import Prune
 from joulesmith.compress.prune.structured import Shrink
+from joulesmith.compress.quantize.choice import ROW
+from joulesmith.compress.quantize.grids import grid
 from joulesmith.compress.quantize.input_types import SCHEMES
 from joulesmith.compress.recipe import Recipe, first_error
 from joulesmith.errors import JoulesmithError
@@ -69,6 +71,8 @@ def compress(
             f"--type {kind} rounds with error feedback, which fills the zeros of --prune: leave "
             "one of them out"
         )
+    if kind is not None and kind not in SCHEMES and not kind.endswith(ROW):
+        grid(kind)  # told before any work
     if form is None:
         form = _form(out, prune, kind)
 
@@ -134,7 +138,7 @@ def shrink_step(text: str, seed: int = 0) -> Shrink:
 
 def _number(text: str, option: str) -> int | float:
     """ "0.5" and "1.0" are shares, "90M" and "24" counts."""
-    match = re.fullmatch(r"(\d{1,12})(\.\d{1,12})?\s*([kKmMbBgG]?)", text.strip())
+    match = re.fullmatch(r"([0-9]{1,12})(\.[0-9]{1,12})?\s*([kKmMbBgG]?)", text.strip())
     if match is None:
         raise JoulesmithError(
             f"{option} {text[:40]!r}: give a share such as 0.5 or a count such as 90M"
