@@ -29,7 +29,7 @@ def by_hand(w: torch.Tensor, gram: torch.Tensor, pattern: Pattern, share: float)
     w = w.double().numpy().copy()
     h = gram.double().numpy()
     h = h + 0.01 * np.diag(h).mean() * np.eye(len(h))
-    rows, n = w.shape
+    n = w.shape[1]
     # the inverse of the block from j on: of column j, 1 / U[j, j]^2 of the Cholesky factor
     inverses = [np.linalg.inv(h[j:, j:]) for j in range(n)]
     d = np.array([a[0, 0] for a in inverses])
