@@ -25,7 +25,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("shrink") / "tiny", steps=30)
+    return write_tiny(tmp_path_factory.mktemp("shrink") / "tiny", steps=12)
 
 
 @pytest.fixture(scope="module")
@@ -130,20 +130,20 @@ def test_all_parts_at_once(families: dict[str, Path], family: str, tmp_path: Pat
     assert sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")) < 0.85 * whole
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+@pytest.mark.parametrize("family", ["qwen3"])
 def test_groups_and_width(families: dict[str, Path], family: str, tmp_path: Path) -> None:
     model = models.load(families[family])
     Shrink(kv_heads=1, width=48, multiple=16).shrink(model, WINDOWS)
     config = model.module.config
     assert (config.num_attention_heads, config.num_key_value_heads) == (3, 1)
     assert (config.hidden_size, config.head_dim) == (48, 16)
-    assert model.tied == (family == "qwen3")
+    assert model.tied
     same_everywhere(model, tmp_path / "out")
     in_the_engine(model, tmp_path / "out.gguf")
 
 
 def test_one_rotation_of_full_width_changes_nothing(families: dict[str, Path]) -> None:
-    for family in FAMILIES:
+    for family in ("llama", "mistral"):  # with biases and a tied head; without
         model = models.load(families[family])
         before, tied, n = logits(model.module), model.tied, model.parameters
         Shrink(width=96, rotate=True, repair=False).shrink(model, WINDOWS)
