@@ -19,6 +19,7 @@ from joulesmith.compress.layers import Linear, linears_of
 from joulesmith.compress.stream import Batch, Streams, call, hidden_of
 from joulesmith.compress.taps import tapped
 from joulesmith.errors import JoulesmithError
+from joulesmith.moments import drawn_from
 
 Labels = Literal["drawn", "given"]
 """Whose loss: labels drawn from what the module says (the Fisher information), or those of
@@ -144,7 +145,7 @@ def _loss(
         logp = torch.log_softmax(logits.float(), -1).flatten(0, -2)
         if labels == "given":
             return _given(module, logits, logp, batch)
-        drawn = torch.multinomial(logp.detach().exp(), 1, generator=generator)
+        drawn, _ = drawn_from(logp.detach().exp(), generator)
         return -logp.gather(1, drawn).sum()
     y = plain if plain is not None else logits
     if y is None:

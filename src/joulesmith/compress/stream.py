@@ -21,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from joulesmith.calibrate import products
+from joulesmith.compress.attention_memo import AttentionMemo
 from joulesmith.compress.layers import Linear, blocks_of, linears_of
 from joulesmith.compress.taps import experts_one_by_one, tapped
 from joulesmith.errors import JoulesmithError
@@ -105,6 +107,7 @@ class Streams:
             tempfile.TemporaryDirectory(prefix="streams-", dir=self._place)
         )
         self.folder = Path(folder)
+        self.attention = AttentionMemo(self.folder)
         self._stack.enter_context(torch.no_grad())
         self._stack.enter_context(experts_one_by_one(self.module))
         training = self.module.training
@@ -172,12 +175,15 @@ class Streams:
                 return other
         return call
 
-    def run(self, block: nn.Module, b: int, hidden: Tensor | None) -> Any:
+    def run(self, block: nn.Module, b: int, hidden: Tensor | None, stream: int = 0) -> Any:
         """A batch through a block."""
         if "" in self.names:
             return call(block, self.batches[b])
         args, kwargs = self._calls[b]
-        return block(hidden, *args, **kwargs)
+        if torch.is_grad_enabled():
+            return block(hidden, *args, **kwargs)
+        with self.attention.begin(f"{stream}.{b}"):  # type: ignore[no-untyped-call]
+            return block(hidden, *args, **kwargs)
 
     def put(self, stream: int, b: int, x: Tensor) -> None:
         """Keep hidden states. stream: 0 as the module is by now, 1 as it was."""
@@ -220,11 +226,11 @@ class Block:
         if chosen:
             order = self._order(chosen)
             if at_once:
-                stats = self._stats(order, before)
+                stats = self._stats(order, before, last=True)
                 yield from (Group(o, st) for o, st in zip(order, stats, strict=True))
             else:
-                for o in order:
-                    yield Group(o, self._stats([o], before)[0])
+                for i, o in enumerate(order):
+                    yield Group(o, self._stats([o], before, last=i + 1 == len(order))[0])
         self._advance(before)
 
     def _order(self, chosen: dict[str, Linear]) -> list[dict[str, Linear]]:
@@ -252,7 +258,17 @@ class Block:
                     f"the experts {whole} are not multiplied one by one: leave them out"
                 )
 
-    def _stats(self, groups: list[dict[str, Linear]], before: nn.Module | None) -> list[InputStats]:
+    def _stats(
+        self, groups: list[dict[str, Linear]], before: nn.Module | None, *, last: bool
+    ) -> list[InputStats]:
+        """last: the block as it was is not needed again, and its stream goes on."""
+        with products("medium"):  # averages over thousands of vectors, whose noise is larger
+            found = self._sums(groups, before, last)
+        return self._means(groups, found)
+
+    def _sums(
+        self, groups: list[dict[str, Linear]], before: nn.Module | None, last: bool
+    ) -> dict[str, InputStats]:
         s, heads = self.streams, [next(iter(g)) for g in groups]
         found: dict[str, InputStats] = {}
         # An expert is sent other tokens by now than it was: there is no pair of inputs.
@@ -261,8 +277,8 @@ class Block:
         for b in range(len(s.batches)):
             now = self._inputs(self.module, {n: self.layers[n] for n in heads}, 0, b)
             was = {}
-            if before is not None and paired:
-                was = self._inputs(before, {n: originals[n] for n in paired}, 1, b)
+            if before is not None and (paired or last):
+                was = self._inputs(before, {n: originals[n] for n in paired}, 1, b, whole=last)
             for name in heads:
                 if name not in now:
                     continue
@@ -283,6 +299,12 @@ class Block:
                     t.dense_mean += y.sum(0)
                 else:
                     t.dense_mean += x.sum(0)
+        return found
+
+    def _means(
+        self, groups: list[dict[str, Linear]], found: dict[str, InputStats]
+    ) -> list[InputStats]:
+        heads = [next(iter(g)) for g in groups]
         for name in heads:
             if name not in found and self.layers[name].expert is not None:
                 # No token went to that expert: all of its inputs count the same.
@@ -305,31 +327,43 @@ class Block:
         return [found[n] for n in heads]
 
     def _inputs(
-        self, block: nn.Module, layers: dict[str, Linear], stream: int, b: int
+        self,
+        block: nn.Module,
+        layers: dict[str, Linear],
+        stream: int,
+        b: int,
+        *,
+        whole: bool = False,
     ) -> dict[str, Tensor]:
-        """Name -> (vectors, columns) that reach each layer; ends as soon as all are known."""
+        """Name -> (vectors, columns) that reach each layer; ends as soon as all are known.
+
+        whole: to the block's end, and what it gives is what its stream goes on with.
+        """
+        whole = whole and "" not in self.streams.names
         caught: dict[str, Tensor] = {}
         single = len(layers) == 1 and all(x.expert is None for x in layers.values())
 
         def note(name: str, x: Tensor) -> None:
             flat = x.detach().reshape(-1, x.shape[-1]).float()
             caught[name] = torch.cat([caught[name], flat]) if name in caught else flat
-            if single:
+            if single and not whole:
                 raise _ReachedError
 
         with tapped(layers, before=note), contextlib.suppress(_ReachedError):
-            self.streams.run(block, b, self.streams.get(stream, b))
+            out = self.streams.run(block, b, self.streams.get(stream, b), stream)
+            if whole:
+                self.streams.put(stream, b, hidden_of(out))
         return caught
 
     def _advance(self, before: nn.Module | None) -> None:
         s = self.streams
         if "" in s.names or self.index + 1 == len(s.names):
             return
-        for b in range(len(s.batches)):
-            if s.targets:
-                block = self.module if before is None else before
-                s.put(1, b, hidden_of(s.run(block, b, s.get(1, b))))
-            s.put(0, b, hidden_of(s.run(self.module, b, s.get(0, b))))
+        with products("medium"):
+            for b in range(len(s.batches)):
+                if s.targets and before is None:
+                    s.put(1, b, hidden_of(s.run(self.module, b, s.get(1, b), 1)))
+                s.put(0, b, hidden_of(s.run(self.module, b, s.get(0, b))))
 
 
 class _ReachedError(Exception):

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from joulesmith.calibrate import products
 from joulesmith.compress.gradients import Labels, backward
 from joulesmith.compress.layers import (
     Linear,
@@ -48,7 +49,7 @@ _NO_DATA = ("magnitude", "movement", "update")
 _GRADED = ("taylor", "fisher")
 _COMPARED = ("movement", "update")
 
-SURVEYED = 32
+SURVEYED = 8
 """Batches at most that moments of the survey are taken of; shares need less than weights do."""
 GRADED = 4
 """Batches at most that gradients are taken of for predicted damages."""
@@ -288,7 +289,8 @@ def _survey(
             ends = []
             for s in (low, high):
                 mask = kind.mask(p.best.square(), _kept(layer, s))
-                lost = admm.loss(p, admm.refitted(p, mask, 4) / p.scale)
+                with products("medium"):
+                    lost = admm.loss(p, admm.refitted(p, mask, 4) / p.scale)
                 ends.append((s, float((lost * cost if cost is not None else lost).sum()) / 2))
             told.curves[name] = allocate.Curve(layer.matrix.numel(), *ends)
 
