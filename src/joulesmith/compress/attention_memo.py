@@ -37,7 +37,8 @@ class AttentionMemo(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is not nn.functional.scaled_dot_product_attention:
+        attends = func is nn.functional.scaled_dot_product_attention
+        if not attends or args[0].dtype != torch.float32:
             return func(*args, **(kwargs or {}))
         name, self.calls = f"{self.key}.{self.calls}", self.calls + 1
         given = [*args, *(kwargs or {}).values()]
