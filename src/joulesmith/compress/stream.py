@@ -270,7 +270,7 @@ class Block:
         self, groups: list[dict[str, Linear]], before: nn.Module | None, last: bool
     ) -> dict[str, InputStats]:
         s, heads = self.streams, [next(iter(g)) for g in groups]
-        found: dict[str, InputStats] = {}
+        found: dict[str, _Sums] = {}
         # An expert is sent other tokens by now than it was: there is no pair of inputs.
         paired = [n for n in heads if before is not None and self.layers[n].expert is None]
         originals = linears_of(before, self.name) if before is not None else {}
@@ -282,24 +282,10 @@ class Block:
             for name in heads:
                 if name not in now:
                     continue
-                x = now[name]
                 if name not in found:
-                    n = x.shape[1]
-                    cross = torch.zeros(n, n) if name in paired else None
-                    found[name] = InputStats(
-                        torch.zeros(n, n), cross, torch.zeros(n), torch.zeros(n)
-                    )
-                t = found[name]
-                t.gram.addmm_(x.T, x)
-                t.mean += x.sum(0)
-                t.count += len(x)
-                if name in was and t.cross is not None:
-                    y = was[name]
-                    t.cross.addmm_(y.T, x)
-                    t.dense_mean += y.sum(0)
-                else:
-                    t.dense_mean += x.sum(0)
-        return found
+                    found[name] = _Sums()
+                found[name].add(now[name], was.get(name))
+        return {name: sums.done() for name, sums in found.items()}
 
     def _means(
         self, groups: list[dict[str, Linear]], found: dict[str, InputStats]
@@ -315,9 +301,6 @@ class Block:
                     f"calibration never reached the layer {name}: give more of it"
                 )
             t = found[name]
-            for part in (t.gram, t.mean, t.dense_mean, t.cross):
-                if part is not None:
-                    part /= t.count
             if not all(
                 bool(torch.isfinite(part).all()) for part in (t.gram, t.cross) if part is not None
             ):
@@ -364,6 +347,42 @@ class Block:
                 if s.targets and before is None:
                     s.put(1, b, hidden_of(s.run(self.module, b, s.get(1, b), 1)))
                 s.put(0, b, hidden_of(s.run(self.module, b, s.get(0, b))))
+
+
+class _Sums:
+    """Moments as batches come, summed about the first batch's means: products in bfloat16 would
+    else lose the spread of inputs whose mean is far from zero."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, x: Tensor, y: Tensor | None) -> None:
+        """x (n, columns) as it is by now; y as it was, None where there is no such pair."""
+        if self.count == 0:
+            n = x.shape[1]
+            self.x0, self.x_sum, self.gram = x.mean(0), torch.zeros(n), torch.zeros(n, n)
+            self.y0 = None if y is None else y.mean(0)
+            self.y_sum, self.cross = torch.zeros(n), torch.zeros(n, n)
+        x = x - self.x0
+        self.gram.addmm_(x.T, x)
+        self.x_sum += x.sum(0)
+        self.count += len(x)
+        if y is not None and self.y0 is not None:
+            y = y - self.y0
+            self.cross.addmm_(y.T, x)
+            self.y_sum += y.sum(0)
+
+    def done(self) -> InputStats:
+        """The means, about zero again."""
+        x, x0, y0 = self.x_sum / self.count, self.x0, self.y0
+        gram = self.gram.div_(self.count)
+        gram += torch.outer(x0, x) + torch.outer(x, x0) + torch.outer(x0, x0)
+        if y0 is None:
+            return InputStats(gram, None, x + x0, x + x0, self.count)
+        y = self.y_sum / self.count
+        cross = self.cross.div_(self.count)
+        cross += torch.outer(y0, x) + torch.outer(y, x0) + torch.outer(y0, x0)
+        return InputStats(gram, cross, x + x0, y + y0, self.count)
 
 
 class _ReachedError(Exception):
