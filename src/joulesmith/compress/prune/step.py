@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from joulesmith.compress.prune.walk import Allocation, Method, Pruned
+from joulesmith.compress.prune.task import Allocation, Method
 from joulesmith.compress.step import Step, StepRecord, register
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Tick, silent
@@ -60,7 +60,7 @@ class Prune(Step):
         """The sparsity that is asked of the chosen layers. Raises `JoulesmithError`."""
         if self.parameters is None:
             return self.sparsity
-        from joulesmith.compress.prune.walk import prunable
+        from joulesmith.compress.prune.task import prunable
 
         size = sum(x.matrix.numel() for x in prunable(model.module, self.layers).values())
         rest = model.parameters - size
@@ -79,7 +79,7 @@ class Prune(Step):
     def check(self, model: Model) -> None:
         """Raises `JoulesmithError` for what shapes and settings alone tell is wrong."""
         from joulesmith.compress.prune.patterns import parse_pattern
-        from joulesmith.compress.prune.walk import check, prunable
+        from joulesmith.compress.prune.task import check, prunable
 
         if (self.before is not None) != (self.method in ("movement", "update")):
             raise JoulesmithError(
@@ -127,17 +127,3 @@ class Prune(Step):
 
         assert self.before is not None
         return {n: x.matrix for n, x in linears_of(load(self.before).module).items()}
-
-
-def explained(found: tuple[Pruned, ...]) -> list[dict[str, object]]:
-    """Layer by layer what went and what it was predicted to cost, for tables and maps."""
-    return [
-        {
-            "layer": p.name,
-            "shape": list(p.shape),
-            "sparsity": p.sparsity,
-            "damage": p.damage,
-            "error": p.error,
-        }
-        for p in found
-    ]
