@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from joulesmith.calibrate import products
-from joulesmith.compress.attention_memo import AttentionMemo
 from joulesmith.compress.layers import Linear, blocks_of, linears_of
 from joulesmith.compress.taps import experts_one_by_one, tapped
 from joulesmith.errors import JoulesmithError
@@ -107,7 +107,6 @@ class Streams:
             tempfile.TemporaryDirectory(prefix="streams-", dir=self._place)
         )
         self.folder = Path(folder)
-        self.attention = AttentionMemo(self.folder)
         self._stack.enter_context(torch.no_grad())
         self._stack.enter_context(experts_one_by_one(self.module))
         training = self.module.training
@@ -175,14 +174,14 @@ class Streams:
                 return other
         return call
 
-    def run(self, block: nn.Module, b: int, hidden: Tensor | None, stream: int = 0) -> Any:
+    def run(self, block: nn.Module, b: int, hidden: Tensor | None) -> Any:
         """A batch through a block."""
         if "" in self.names:
             return call(block, self.batches[b])
         args, kwargs = self._calls[b]
         if torch.is_grad_enabled():
             return block(hidden, *args, **kwargs)
-        with self.attention.begin(f"{stream}.{b}"):  # type: ignore[no-untyped-call]
+        with _ExactAttention():  # type: ignore[no-untyped-call]
             return block(hidden, *args, **kwargs)
 
     def put(self, stream: int, b: int, x: Tensor) -> None:
@@ -212,26 +211,32 @@ class Block:
     def __init__(self, streams: Streams, index: int, name: str, module: nn.Module) -> None:
         self.streams, self.index, self.name, self.module = streams, index, name, module
         self.layers = linears_of(module, name)
+        hidden = streams.get(0, 0)
+        self.width = 0 if hidden is None else hidden.shape[-1]
+        """Of the stream between blocks."""
 
-    def groups(self, *, at_once: bool = False, wanted: set[str] | None = None) -> Iterator[Group]:
+    def groups(
+        self, *, at_once: bool = False, fixed: bool = False, wanted: set[str] | None = None
+    ) -> Iterator[Group]:
         """Layers by shared input, in order of use, each with moments of what reaches it by now.
 
-        at_once: moments of all groups are taken before any layer changes, in one pass instead of
-        one for each group. wanted: names of layers; others are left out. Hidden states go on
-        to the next block when the iterator ends.
+        at_once: moments of all groups are taken before any layer changes, in one pass; else in
+        one for each group, or two that hardly touch each other. fixed: at once, and no layer will
+        change. wanted: names of layers; others are left out. Hidden states go on to the next
+        block when the iterator ends.
         """
         s = self.streams
         chosen = {n: x for n, x in self.layers.items() if wanted is None or n in wanted}
         before = copy.deepcopy(self.module) if s.targets and chosen else None
         if chosen:
             order = self._order(chosen)
-            if at_once:
-                stats = self._stats(order, before, last=True)
-                yield from (Group(o, st) for o, st in zip(order, stats, strict=True))
-            else:
-                for i, o in enumerate(order):
-                    yield Group(o, self._stats([o], before, last=i + 1 == len(order))[0])
-        self._advance(before)
+            passes = [order] if at_once or fixed else self._passes(order)
+            for i, groups in enumerate(passes):
+                last = i + 1 == len(passes)
+                stats = self._stats(groups, before, last=last, fixed=fixed)
+                yield from (Group(o, st) for o, st in zip(groups, stats, strict=True))
+        if not (chosen and fixed):
+            self._advance(before)
 
     def _order(self, chosen: dict[str, Linear]) -> list[dict[str, Linear]]:
         seen: list[tuple[str, Tensor]] = []
@@ -258,16 +263,38 @@ class Block:
                     f"the experts {whole} are not multiplied one by one: leave them out"
                 )
 
+    def _passes(self, order: list[dict[str, Linear]]) -> list[list[dict[str, Linear]]]:
+        """Groups whose moments are taken in one pass: each by itself, but for a layer that only
+        adds to the stream (as wide as it, alone in its group). What reads the stream next reads
+        mostly what was there before: on stories260K that pass makes no difference."""
+        found: list[list[dict[str, Linear]]] = []
+        joins = False
+        for group in order:
+            if joins:
+                found[-1].append(group)
+            else:
+                found.append([group])
+            first = next(iter(group.values()))
+            alone = len(group) == 1 and first.expert is None
+            joins = alone and len(found) > 1 and first.shape[0] == self.width
+        return found
+
     def _stats(
-        self, groups: list[dict[str, Linear]], before: nn.Module | None, *, last: bool
+        self,
+        groups: list[dict[str, Linear]],
+        before: nn.Module | None,
+        *,
+        last: bool,
+        fixed: bool,
     ) -> list[InputStats]:
-        """last: the block as it was is not needed again, and its stream goes on."""
-        with products("medium"):  # averages over thousands of vectors, whose noise is larger
-            found = self._sums(groups, before, last)
+        """last: the block as it was is not needed again, and its stream goes on; fixed: so does
+        the other."""
+        with coarse():
+            found = self._sums(groups, before, last, fixed)
         return self._means(groups, found)
 
     def _sums(
-        self, groups: list[dict[str, Linear]], before: nn.Module | None, last: bool
+        self, groups: list[dict[str, Linear]], before: nn.Module | None, last: bool, fixed: bool
     ) -> dict[str, InputStats]:
         s, heads = self.streams, [next(iter(g)) for g in groups]
         found: dict[str, _Sums] = {}
@@ -275,7 +302,7 @@ class Block:
         paired = [n for n in heads if before is not None and self.layers[n].expert is None]
         originals = linears_of(before, self.name) if before is not None else {}
         for b in range(len(s.batches)):
-            now = self._inputs(self.module, {n: self.layers[n] for n in heads}, 0, b)
+            now = self._inputs(self.module, {n: self.layers[n] for n in heads}, 0, b, whole=fixed)
             was = {}
             if before is not None and (paired or last):
                 was = self._inputs(before, {n: originals[n] for n in paired}, 1, b, whole=last)
@@ -333,7 +360,7 @@ class Block:
                 raise _ReachedError
 
         with tapped(layers, before=note), contextlib.suppress(_ReachedError):
-            out = self.streams.run(block, b, self.streams.get(stream, b), stream)
+            out = self.streams.run(block, b, self.streams.get(stream, b))
             if whole:
                 self.streams.put(stream, b, hidden_of(out))
         return caught
@@ -342,11 +369,36 @@ class Block:
         s = self.streams
         if "" in s.names or self.index + 1 == len(s.names):
             return
-        with products("medium"):
+        with coarse():
             for b in range(len(s.batches)):
                 if s.targets and before is None:
-                    s.put(1, b, hidden_of(s.run(self.module, b, s.get(1, b), 1)))
+                    s.put(1, b, hidden_of(s.run(self.module, b, s.get(1, b))))
                 s.put(0, b, hidden_of(s.run(self.module, b, s.get(0, b))))
+
+
+@contextmanager
+def coarse() -> Iterator[None]:
+    """Products in bfloat16 with float32 sums where the processor is faster at it.
+
+    Moments are averages over thousands of vectors, whose own noise is far larger. Weights are
+    converted once for all batches of the context, in which they must not change.
+    """
+    fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    with products("medium"), torch.autocast("cpu", torch.bfloat16, enabled=fast):
+        yield
+
+
+class _ExactAttention(TorchFunctionMode):
+    """Attention in full precision, which is also the faster one: coarse products convert each
+    of its many small matrices."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        with products("highest"):
+            return func(*args, **(kwargs or {}))
 
 
 class _Sums:

@@ -23,10 +23,10 @@ from joulesmith.compress.prune.patterns import Pattern
 from joulesmith.errors import JoulesmithError
 
 DAMPING = 0.01
-STEPS = 30
-"""Of the alternation at most: 20, 30, 40, 60 and 100 steps give KL 0.45, 0.311, 0.305, 0.308 and
-0.308 on stories260K at half the weights."""
-REFIT = 8
+STEPS = 18
+"""Of the alternation at most. With a penalty that grows 1.6, 1.4 or 1.2 times every third step:
+KL 0.307 on stories260K at half the weights; 60 steps at the paper's 1.3, 1.2 and 1.1 give 0.308."""
+REFIT = 6
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,15 @@ def prune(
     weigh = None if rows is None else (rows / rows.mean().clamp_min(1e-30)).sqrt()[:, None]
 
     def lost(weight: Tensor) -> float:
-        found = loss(p, weight)
+        with products("medium"):
+            found = loss(p, weight)
         return float((found if weigh is None else found * weigh[:, 0].square()).sum())
 
     first = support(p, pattern, kept, weigh, 0)
     new = refitted(p, support(p, pattern, kept, weigh, steps), refit) / p.scale
-    if lost(new) > lost(refitted(p, first, 1) / p.scale):
+    with products("medium"):
+        simple = refitted(p, first, 1) / p.scale
+    if lost(new) > lost(simple):
         return refitted(p, first, refit) / p.scale
     return new
 
@@ -121,7 +124,7 @@ def support(
     mask = chosen(v)
     if steps == 0:
         return mask
-    rho, z, u = 0.1, v * mask, torch.zeros_like(v)
+    rho, z, u = 0.2, v * mask, torch.zeros_like(v)
     eye = torch.eye(n)
     inverse: Tensor | None = None
     for step in range(steps):
@@ -140,7 +143,7 @@ def support(
             mask = new
             if changed < 1:
                 break
-            rho *= 1.3 if changed >= 0.1 * kept else 1.2 if changed >= 0.005 * kept else 1.1
+            rho *= 1.6 if changed >= 0.1 * kept else 1.4 if changed >= 0.005 * kept else 1.2
             inverse = None
     return mask
 

