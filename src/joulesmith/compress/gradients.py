@@ -7,6 +7,8 @@ the blocks. Knows no models by name.
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,6 +21,7 @@ from joulesmith.compress.layers import Linear, linears_of
 from joulesmith.compress.stream import Batch, Streams, call, hidden_of
 from joulesmith.compress.taps import tapped
 from joulesmith.errors import JoulesmithError
+from joulesmith.memory import trim_heap
 from joulesmith.moments import drawn_from
 
 Labels = Literal["drawn", "given"]
@@ -36,6 +39,7 @@ def backward(
     *,
     labels: Labels = "drawn",
     seed: int = 0,
+    places: int | None = None,
     scratch: Path | None = None,
 ) -> None:
     """Call ``visit`` for every linear layer inside the module's blocks and every batch.
@@ -43,8 +47,11 @@ def backward(
     The loss is -log p(label), summed over places, where the module gives logits; for other
     outputs half the squared distance to the output itself, of unit variance. Given labels are
     ``labels`` of the batch (-100 for none), shifted by one where the module generates text, else
-    the next tokens of ``input_ids``. Raises `JoulesmithError` where there is nothing to
-    differentiate, labels are missing, or outputs are not finite.
+    the next tokens of ``input_ids``. places: of a batch at most, drawn at random, that a language
+    model's head is run for where labels are drawn: logits of all take most of the memory.
+    Gradients are scaled so that their squares are as large on average. Raises
+    `JoulesmithError` where there is nothing to differentiate, labels are missing, or outputs
+    are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     wanted = [(p, p.requires_grad) for p in module.parameters()]
@@ -54,7 +61,8 @@ def backward(
         with Streams(module, batches, targets=False, scratch=scratch) as s:
             blocks = list(s.names.values())
             for b in range(len(batches)):
-                _one(s, blocks, b, visit, labels, generator)
+                _one(s, blocks, b, visit, labels, generator, places)
+                trim_heap()
     finally:
         for p, was in wanted:
             p.requires_grad_(was)
@@ -67,6 +75,7 @@ def _one(
     visit: Visit,
     labels: Labels,
     generator: torch.Generator,
+    places: int | None,
 ) -> None:
     if "" in s.names:
         with _Outputs(linears_of(s.module)) as taps, torch.enable_grad():
@@ -79,7 +88,7 @@ def _one(
     hidden = [s.get(0, b)]
     for block in blocks[:-1]:
         hidden.append(hidden_of(s.run(block, b, _own(hidden[-1]))))
-    grad: Tensor | None = _behind(s, blocks, b, hidden[-1], labels, generator)
+    grad: Tensor | None = _behind(s, blocks, b, hidden[-1], labels, generator, places)
     for i in reversed(range(len(blocks))):
         x = hidden.pop()
         assert x is not None
@@ -108,6 +117,7 @@ def _behind(
     hidden: Tensor | None,
     labels: Labels,
     generator: torch.Generator,
+    places: int | None,
 ) -> Tensor:
     """Gradient of the loss at the last block's output: the module runs with that put in."""
     leaf = hidden_of(s.run(blocks[-1], b, _own(hidden))).detach().requires_grad_(True)
@@ -118,13 +128,31 @@ def _behind(
     handle = blocks[-1].register_forward_hook(put)
     try:
         with torch.enable_grad():
-            out = call(s.module, s.batches[b])
-            loss = _loss(s.module, out, s.batches[b], labels, generator)
-            _back(loss, None)
+            batch, scale = s.batches[b], 1.0
+            if labels == "drawn" and places is not None:
+                batch, scale = _few(s.module, batch, places, generator)
+            loss = _loss(s.module, call(s.module, batch), batch, labels, generator)
+            _back(scale * loss, None)
     finally:
         handle.remove()
     assert leaf.grad is not None
     return leaf.grad
+
+
+def _few(
+    module: nn.Module, batch: Batch, places: int, generator: torch.Generator
+) -> tuple[Batch, float]:
+    """The batch with fewer places to predict at, and what to multiply the loss with for it."""
+    if isinstance(batch, Tensor):
+        return batch, 1.0
+    ids = batch.get("input_ids")
+    if ids is None or "logits_to_keep" not in inspect.signature(module.forward).parameters:
+        return batch, 1.0
+    length = ids.shape[-1]
+    if length <= places:
+        return batch, 1.0
+    chosen = torch.randperm(length, generator=generator)[:places].sort().values
+    return {**batch, "logits_to_keep": chosen}, math.sqrt(length / places)
 
 
 def _back(out: Tensor, grad: Tensor | None) -> None:

@@ -26,6 +26,7 @@ from joulesmith.calibrate import products
 from joulesmith.compress.layers import Linear, blocks_of, linears_of
 from joulesmith.compress.taps import experts_one_by_one, tapped
 from joulesmith.errors import JoulesmithError
+from joulesmith.memory import trim_heap
 
 BATCH = 4
 """Windows that go through a block together."""
@@ -291,6 +292,7 @@ class Block:
         the other."""
         with coarse():
             found = self._sums(groups, before, last, fixed)
+        trim_heap()
         return self._means(groups, found)
 
     def _sums(

@@ -20,12 +20,13 @@ from joulesmith.compress.prune.taylor import fisher, taylor
 from joulesmith.compress.prune.wanda import wanda
 from joulesmith.compress.stream import Batch, InputStats, Streams
 from joulesmith.errors import JoulesmithError
+from joulesmith.memory import trim_heap
 from joulesmith.progress import Tick
 
 SURVEYED = 4
 """Batches at most that moments of the survey are taken of; shares need less than weights do."""
-GRADED = 4
-"""Batches at most that gradients are taken of for predicted damages."""
+GRADED, PLACES = 6, 64
+"""Batches at most that gradients are taken of for predicted damages, and places in each."""
 STEP = 0.1
 """Damages are predicted at the wanted sparsity less and more this."""
 DAMPING = 0.1
@@ -133,6 +134,7 @@ def _look(
             for group in block.groups(fixed=True, wanted=set(task.chosen)):
                 for name, layer in group.layers.items():
                     visit(layer, name, group.stats)
+            trim_heap()
             progress(0.4 + 0.6 * (block.index + 1) / len(streams.names))
 
 
@@ -146,7 +148,15 @@ def _row_gradients(task: Task, batches: list[Batch], told: Survey) -> None:
             told.rows[name] = new if had is None else had + new
             counts[name] = counts.get(name, 0) + len(g)
 
-    backward(task.module, batches, add, labels="drawn", seed=task.seed, scratch=task.scratch)
+    backward(
+        task.module,
+        batches,
+        add,
+        labels="drawn",
+        seed=task.seed,
+        places=PLACES,
+        scratch=task.scratch,
+    )
     # A token: what few of them reach, such as an expert, does less damage to each.
     tokens = max(counts.values(), default=1)
     for name in told.rows:

@@ -35,6 +35,7 @@ from joulesmith.compress.prune.task import (
 )
 from joulesmith.compress.stream import Batch, Group, InputStats, Streams, as_batches
 from joulesmith.errors import JoulesmithError
+from joulesmith.memory import trim_heap
 from joulesmith.progress import Tick, silent
 
 __all__ = ["METHODS", "Allocation", "Method", "Pruned", "check", "prunable", "prune_module"]
@@ -177,6 +178,7 @@ def _walk(
                     if not plain:
                         _mend_bias(layer, old, group.stats)
                     found[name] = _report(name, layer, told, _error(old, new, group.stats))
+            trim_heap()
             progress((block.index + 1) / len(streams.names))
     return [found[n] for n in task.chosen]
 
