@@ -22,7 +22,7 @@ from small_modules import Branches, language, mlp, tokens
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """No products in bfloat16, whatever the processor."""
-    monkeypatch.setattr(stream, "products", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(stream, "coarse", contextlib.nullcontext)
 
 
 def inputs_of(module: nn.Module, batches: list[object]) -> dict[str, Tensor]:
@@ -56,7 +56,8 @@ def case(kind: str) -> tuple[nn.Module, list[object], bool]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "mixtral", "mlp", "branches"])
-def test_moments_of_both_streams(kind: str, exact: None) -> None:
+def test_moments_of_both_streams(kind: str, exact: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream.Block, "_passes", lambda _, order: [[g] for g in order])
     module, batches, chained = case(kind)
     dense = copy.deepcopy(module)
     was = inputs_of(dense, batches)
@@ -95,6 +96,15 @@ def test_layers_of_one_input_are_a_group() -> None:
         ]
     attention = [["q_proj", "k_proj", "v_proj"], ["o_proj"]]
     assert groups == [*attention, ["gate_proj", "up_proj"], ["down_proj"]] * 2
+
+
+def test_what_only_adds_to_the_stream_shares_the_next_pass() -> None:
+    with Streams(language("llama"), as_batches(tokens().int().numpy())) as streams:
+        block = next(streams.blocks())
+        passes = block._passes(block._order(block.layers))
+    assert [[next(iter(g)).rpartition(".")[2] for g in p] for p in passes] == [
+        ["q_proj"], ["o_proj", "gate_proj"], ["down_proj"],
+    ]  # fmt: skip
 
 
 def test_at_once_sees_the_block_as_it_was(exact: None) -> None:

@@ -101,6 +101,7 @@ class Streams:
         self.names: dict[str, nn.Module] = {}
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._types: dict[tuple[int, int], torch.dtype] = {}
+        self._float = all(p.dtype != torch.bfloat16 for p in module.parameters())
 
     def __enter__(self) -> Streams:
         self._stack = ExitStack()
@@ -188,6 +189,8 @@ class Streams:
     def put(self, stream: int, b: int, x: Tensor) -> None:
         """Keep hidden states. stream: 0 as the module is by now, 1 as it was."""
         x = x.detach()
+        if x.dtype == torch.bfloat16 and self._float:
+            x = x.float()  # a product of `coarse`
         self._types[stream, b] = x.dtype
         try:  # numpy has no bfloat16
             kept = x.contiguous().view(torch.int16) if x.dtype == torch.bfloat16 else x

@@ -102,7 +102,7 @@ def prune(
     first = support(p, pattern, kept, weigh, 0)
     new = refitted(p, support(p, pattern, kept, weigh, steps), refit) / p.scale
     with products("medium"):
-        simple = refitted(p, first, 1) / p.scale
+        simple = refitted(p, first, refit) / p.scale
     if lost(new) > lost(simple):
         return refitted(p, first, refit) / p.scale
     return new
