@@ -298,10 +298,10 @@ def compress(
 ) -> None:
     """Take weights, neurons, heads and layers out of a model; say what is kept.
 
-    --shrink gives a smaller dense model, which every engine runs faster. --prune makes zeros:
-    the file is smaller, and no engine here runs it faster. What is left is fitted to make up
-    for what went; nothing is trained. The recipe is written with the model. The same command
-    again goes on where it stopped.
+    --shrink gives a smaller dense model, which engines run faster. --prune makes zeros: the
+    file is smaller, and no engine here runs it faster. What is left is fitted to make up for
+    what went; nothing is trained. The recipe is written with the model. The same command again
+    goes on with the texts, the reference and what is quantized; taking away begins anew.
     """
     from joulesmith.job.compress import compress as run
     from joulesmith.progress import Progress

@@ -17,8 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from joulesmith.compress.calls import Batch, call, hidden_of
 from joulesmith.compress.layers import Linear, linears_of
-from joulesmith.compress.stream import Batch, Streams, call, hidden_of
+from joulesmith.compress.stream import Streams
 from joulesmith.compress.taps import tapped
 from joulesmith.errors import JoulesmithError
 from joulesmith.memory import trim_heap

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from joulesmith.calibrate import products
+from joulesmith.compress.calls import (
+    Batch,
+    ExactAttention,
+    ReachedError,
+    call,
+    caught,
+    coarse,
+    hidden_of,
+    same,
+)
+from joulesmith.compress.input_stats import InputStats, Sums
 from joulesmith.compress.layers import Linear, blocks_of, linears_of
 from joulesmith.compress.taps import experts_one_by_one, tapped
 from joulesmith.errors import JoulesmithError
@@ -30,27 +39,6 @@ from joulesmith.memory import trim_heap
 
 BATCH = 4
 """Windows that go through a block together."""
-
-Batch = Tensor | Mapping[str, Any]
-"""What the module is called with: a tensor, or named arguments."""
-
-
-@dataclass
-class InputStats:
-    """What a group of layers reads. gram: (n, n) E[x x^T] now; cross: (n, n) E[y x^T], y the
-    same input of the module as it was, None where they are the same. mean, dense_mean: (n,) of
-    both. squares: (n,) E[x^2]. count: vectors seen."""
-
-    gram: Tensor
-    cross: Tensor | None
-    mean: Tensor
-    dense_mean: Tensor
-    count: int = 0
-
-    @property
-    def squares(self) -> Tensor:
-        """(n,) E[x^2]."""
-        return self.gram.diagonal()
 
 
 @dataclass
@@ -138,7 +126,7 @@ class Streams:
             return
         first = next(iter(self.names.values()))
         for b, batch in enumerate(self.batches):
-            args, kwargs = _caught(self.module, first, batch)
+            args, kwargs = caught(self.module, first, batch)
             hidden, rest = args[0], args[1:]
             self._calls.append(self._shared((rest, kwargs)))
             self.put(0, b, hidden)
@@ -158,23 +146,23 @@ class Streams:
                 def after(_: nn.Module, args: Any, out: Any) -> None:
                     outs.append(hidden_of(out))
                     if len(outs) == len(blocks):  # what comes after, such as a head, costs much
-                        raise _ReachedError
+                        raise ReachedError
 
                 stack.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(after).remove)
-            with contextlib.suppress(_ReachedError):
+            with contextlib.suppress(ReachedError):
                 call(self.module, self.batches[0])
         if len(seen) != len(blocks) or not all(a and isinstance(a[0], Tensor) for a, _ in seen):
             return False
-        alike = all(_same((a[1:], k), (seen[0][0][1:], seen[0][1])) for a, k in seen[1:])
-        return alike and all(_same(a[0], out) for (a, _), out in zip(seen[1:], outs, strict=False))
+        alike = all(same((a[1:], k), (seen[0][0][1:], seen[0][1])) for a, k in seen[1:])
+        return alike and all(same(a[0], out) for (a, _), out in zip(seen[1:], outs, strict=False))
 
-    def _shared(self, call: tuple[Any, Any]) -> tuple[Any, Any]:
+    def _shared(self, given: tuple[Any, Any]) -> tuple[Any, Any]:
         """The call, or an equal one that is kept already."""
         for other in self._calls[:1]:
-            if _same(call, other):
+            if same(given, other):
                 return other
-        return call
+        return given
 
     def run(self, block: nn.Module, b: int, hidden: Tensor | None) -> Any:
         """A batch through a block."""
@@ -183,7 +171,7 @@ class Streams:
         args, kwargs = self._calls[b]
         if torch.is_grad_enabled():
             return block(hidden, *args, **kwargs)
-        with _ExactAttention():  # type: ignore[no-untyped-call]
+        with ExactAttention():  # type: ignore[no-untyped-call]
             return block(hidden, *args, **kwargs)
 
     def put(self, stream: int, b: int, x: Tensor) -> None:
@@ -302,7 +290,7 @@ class Block:
         self, groups: list[dict[str, Linear]], before: nn.Module | None, last: bool, fixed: bool
     ) -> dict[str, InputStats]:
         s, heads = self.streams, [next(iter(g)) for g in groups]
-        found: dict[str, _Sums] = {}
+        found: dict[str, Sums] = {}
         # An expert is sent other tokens by now than it was: there is no pair of inputs.
         paired = [n for n in heads if before is not None and self.layers[n].expert is None]
         originals = linears_of(before, self.name) if before is not None else {}
@@ -315,7 +303,7 @@ class Block:
                 if name not in now:
                     continue
                 if name not in found:
-                    found[name] = _Sums()
+                    found[name] = Sums()
                 found[name].add(now[name], was.get(name))
         return {name: sums.done() for name, sums in found.items()}
 
@@ -355,20 +343,20 @@ class Block:
         whole: to the block's end, and what it gives is what its stream goes on with.
         """
         whole = whole and "" not in self.streams.names
-        caught: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {}
         single = len(layers) == 1 and all(x.expert is None for x in layers.values())
 
         def note(name: str, x: Tensor) -> None:
             flat = x.detach().reshape(-1, x.shape[-1]).float()
-            caught[name] = torch.cat([caught[name], flat]) if name in caught else flat
+            inputs[name] = torch.cat([inputs[name], flat]) if name in inputs else flat
             if single and not whole:
-                raise _ReachedError
+                raise ReachedError
 
-        with tapped(layers, before=note), contextlib.suppress(_ReachedError):
+        with tapped(layers, before=note), contextlib.suppress(ReachedError):
             out = self.streams.run(block, b, self.streams.get(stream, b))
             if whole:
                 self.streams.put(stream, b, hidden_of(out))
-        return caught
+        return inputs
 
     def _advance(self, before: nn.Module | None) -> None:
         s = self.streams
@@ -379,125 +367,3 @@ class Block:
                 if s.targets and before is None:
                     s.put(1, b, hidden_of(s.run(self.module, b, s.get(1, b))))
                 s.put(0, b, hidden_of(s.run(self.module, b, s.get(0, b))))
-
-
-@contextmanager
-def coarse() -> Iterator[None]:
-    """Products in bfloat16 with float32 sums where the processor is faster at it.
-
-    Moments are averages over thousands of vectors, whose own noise is far larger. Weights are
-    converted once for all batches of the context, in which they must not change.
-    """
-    fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    with products("medium"), torch.autocast("cpu", torch.bfloat16, enabled=fast):
-        yield
-
-
-class _ExactAttention(TorchFunctionMode):
-    """Attention in full precision, which is also the faster one: coarse products convert each
-    of its many small matrices."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        with products("highest"):
-            return func(*args, **(kwargs or {}))
-
-
-class _Sums:
-    """Moments as batches come, summed about the first batch's means: products in bfloat16 would
-    else lose the spread of inputs whose mean is far from zero."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def add(self, x: Tensor, y: Tensor | None) -> None:
-        """x (n, columns) as it is by now; y as it was, None where there is no such pair."""
-        if self.count == 0:
-            n = x.shape[1]
-            self.x0, self.x_sum, self.gram = x.mean(0), torch.zeros(n), torch.zeros(n, n)
-            self.y0 = None if y is None else y.mean(0)
-            self.y_sum, self.cross = torch.zeros(n), torch.zeros(n, n)
-        x = x - self.x0
-        self.gram.addmm_(x.T, x)
-        self.x_sum += x.sum(0)
-        self.count += len(x)
-        if y is not None and self.y0 is not None:
-            y = y - self.y0
-            self.cross.addmm_(y.T, x)
-            self.y_sum += y.sum(0)
-
-    def done(self) -> InputStats:
-        """The means, about zero again."""
-        x, x0, y0 = self.x_sum / self.count, self.x0, self.y0
-        gram = self.gram.div_(self.count)
-        gram += torch.outer(x0, x) + torch.outer(x, x0) + torch.outer(x0, x0)
-        if y0 is None:
-            return InputStats(gram, None, x + x0, x + x0, self.count)
-        y = self.y_sum / self.count
-        cross = self.cross.div_(self.count)
-        cross += torch.outer(y0, x) + torch.outer(y, x0) + torch.outer(y0, x0)
-        return InputStats(gram, cross, x + x0, y + y0, self.count)
-
-
-class _ReachedError(Exception):
-    """Ends a forward pass at the layer whose input is wanted."""
-
-
-@contextmanager
-def _at(block: nn.Module, hook: Any) -> Iterator[None]:
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _caught(
-    module: nn.Module, first: nn.Module, batch: Batch
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What the module calls its first block with."""
-    found: list[tuple[Any, Any]] = []
-
-    def catch(_: nn.Module, args: Any, kwargs: Any) -> None:
-        found.append((args, kwargs))
-        raise _ReachedError
-
-    with _at(first, catch), contextlib.suppress(_ReachedError):
-        call(module, batch)
-    return found[0]
-
-
-def _arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return ((), dict(batch)) if isinstance(batch, Mapping) else ((batch,), {})
-
-
-def call(module: nn.Module, batch: Batch) -> Any:
-    args, kwargs = _arguments(batch)
-    if kwargs and "use_cache" not in kwargs and hasattr(module, "generate"):
-        kwargs["use_cache"] = False
-    try:
-        return module(*args, **kwargs)
-    except (TypeError, RuntimeError, IndexError, ValueError) as e:
-        line = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
-        raise JoulesmithError(
-            f"{type(module).__name__} cannot run the calibration data: {line}"
-        ) from e
-
-
-def hidden_of(out: Any) -> Tensor:
-    """A block's hidden states: some give a tuple."""
-    found: Tensor = out[0] if isinstance(out, tuple) else out
-    return found
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and (a is b or torch.equal(a, b))
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    return a is b or (type(a) is type(b) and not isinstance(a, nn.Module) and bool(a == b))

@@ -16,7 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from joulesmith.compress.calls import Batch
 from joulesmith.compress.gradients import Labels
+from joulesmith.compress.input_stats import InputStats
 from joulesmith.compress.layers import Linear, Undo
 from joulesmith.compress.prune import admm
 from joulesmith.compress.prune.patterns import Pattern, parse_pattern
@@ -33,7 +35,7 @@ from joulesmith.compress.prune.task import (
     check_task_weights,
     prunable,
 )
-from joulesmith.compress.stream import Batch, Group, InputStats, Streams, as_batches
+from joulesmith.compress.stream import Group, Streams, as_batches
 from joulesmith.errors import JoulesmithError
 from joulesmith.memory import trim_heap
 from joulesmith.progress import Tick, silent
