@@ -40,6 +40,16 @@ EngineLib = Annotated[
     typer.Option(help="A llama.cpp library to use instead of the wheel's (see docs/engine.md)."),
 ]
 
+Calib = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Text file to calibrate on. Default: the model's own samples."),
+]
+Eval = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--eval", help="Text file to judge on. Default: English that Python ships."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
 
 def parse_keep(text: str) -> float | str:
     """ "0.99" -> 0.99; anything else is taken as the name of a mixture."""

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from joulesmith.cli.common import (
+    AsJson,
+    Calib,
     EngineLib,
     EngineName,
+    Eval,
     Model,
     Workload,
     app,
@@ -41,10 +44,7 @@ def optimize(
     ] = "0.99",
     engine: EngineName = "llama.cpp",
     workload: Workload = "64:256",
-    calib: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Text file to calibrate on. Default: the model's own samples."),
-    ] = None,
+    calib: Calib = None,
     eval_: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
@@ -141,14 +141,8 @@ def quantize(
             "keep them in F16.",
         ),
     ] = None,
-    calib: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Text file to calibrate on. Default: the model's own samples."),
-    ] = None,
-    eval_: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--eval", help="Text file to judge on. Default: English that Python ships."),
-    ] = None,
+    calib: Calib = None,
+    eval_: Eval = None,
     effort: Annotated[
         str,
         typer.Option(
@@ -172,7 +166,7 @@ def quantize(
         Optional[int],  # noqa: UP045
         typer.Option(help="Seed of sampling and of splits. Default: the recipe's, else 0."),
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_: AsJson = False,
 ) -> None:
     """Quantize a model for llama.cpp, vLLM, transformers, ONNX Runtime or OpenVINO; say what
     is kept.
@@ -274,14 +268,8 @@ def compress(
             metavar="PATTERN", help='Of --prune: only these, such as "*.mlp.*". May be repeated.'
         ),
     ] = None,
-    calib: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Text file to calibrate on. Default: the model's own samples."),
-    ] = None,
-    eval_: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--eval", help="Text file to judge on. Default: English that Python ships."),
-    ] = None,
+    calib: Calib = None,
+    eval_: Eval = None,
     explain: Annotated[
         bool,
         typer.Option("--explain", help="Print per layer what went and why."),
@@ -294,7 +282,7 @@ def compress(
         Optional[int],  # noqa: UP045
         typer.Option(help="Seed of sampling, of drawn labels and of splits. Default: 0."),
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_: AsJson = False,
 ) -> None:
     """Take weights, neurons, heads and layers out of a model; say what is kept.
 
