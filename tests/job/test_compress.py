@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 import torch
 from runner import Run
 
+from joulesmith.compress.prune.prices import Prices
+from joulesmith.compress.prune.structured import Shrink
+from joulesmith.compress.recipe import read_recipe
 from joulesmith.errors import JoulesmithError
-from joulesmith.job.compress import compress, prune_step, shrink_step
+from joulesmith.job.compress import compress, prune_step, shrink_parts, shrink_step
 
 
 def matrices(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -148,12 +152,19 @@ def test_what_the_options_say() -> None:
     assert prune_step("2:4", {}).pattern == "2:4"
     assert prune_step("1.5M", {}).parameters == 1_500_000
     assert prune_step("90m", {"method": "wanda"}).method == "wanda"
-    assert shrink_step("0.8").parameters == 0.8
-    found = shrink_step("layers=24, neurons=0.8,width=512", 3)
+    assert shrink_step(shrink_parts("0.8")).parameters == 0.8
+    found = shrink_step(shrink_parts("layers=24, neurons=0.8,width=512"), 3)
     assert (found.layers, found.neurons, found.width, found.seed) == (24, 0.8, 512, 3)
-    for bad in ("", "x", "0.8,0.7", "layers", "layers=x", "layers=0", "neurons=-1", "=3", "1e3"):
+    prices = Prices(layer=1, neuron=1, query=1, kv=1, rest=1)
+    found = shrink_step(shrink_parts("joules=0.8"), prices=(prices, 50.0))
+    assert (found.prices, found.cost) == (prices, 40.0)
+    for bad in (
+        "", "x", "0.8,0.7", "layers", "layers=x", "layers=0", "neurons=-1", "=3", "1e3",
+        "joules=1.0", "joules=2", "joules=0.0", "joules=1J", "joules=0.8,0.7",
+        "joules=0.8,width=0.5",
+    ):  # fmt: skip
         with pytest.raises(JoulesmithError) as e:
-            shrink_step(bad)
+            shrink_step(shrink_parts(bad), prices=(prices, 1.0))
         assert "\n" not in str(e.value)
     for bad in ("", "50%", ".5", "-0.5", "0", "0.0", "1.0", "nan", "4:2", "0.5:", "١"):
         with pytest.raises(JoulesmithError) as e:
@@ -161,3 +172,17 @@ def test_what_the_options_say() -> None:
         assert "\n" not in str(e.value)
     with pytest.raises(JoulesmithError, match="leave --pattern out"):
         prune_step("2:4", {"pattern": "row"})
+
+
+@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="no llama.cpp")
+def test_a_joule_budget_is_met(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = compress(str(tiny), tmp_path / "out.gguf", shrink="joules=0.8", kind="Q8_0")
+    assert found.shrunk is not None and found.shrunk.cost is not None
+    before, after = found.shrunk.cost
+    assert after <= 0.8 * before
+    step = read_recipe(Path(found.recipe)).steps[0]
+    assert isinstance(step, Shrink) and step.prices is not None
+    assert step.cost == pytest.approx(0.8 * before)
+    assert "predicted cost of a decoded token: 0." in " ".join(found.notes)
+    assert list((tmp_path / "cache" / "joulesmith").glob("matmul-*.json"))

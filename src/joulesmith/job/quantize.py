@@ -201,13 +201,13 @@ def run_recipe(
         show.expected.setdefault(name, cost)
     with show.stage("load"):
         loaded = load(model)
-        steps = recipe_for(loaded)
-        if not steps.steps:
-            raise JoulesmithError("the recipe has no steps: give it one, such as quantize")
-        first, rest = recipes.parted(steps)
-        recipes.check_shrink(first, loaded)
-        # A model that is made smaller first is fitted when its shapes are known.
-        fitted = None if first.steps else recipes.fit(rest, loaded, form)
+    steps = recipe_for(loaded)
+    if not steps.steps:
+        raise JoulesmithError("the recipe has no steps: give it one, such as quantize")
+    first, rest = recipes.parted(steps)
+    recipes.check_shrink(first, loaded)
+    # A model that is made smaller first is fitted when its shapes are known.
+    fitted = None if first.steps else recipes.fit(rest, loaded, form)
     windows = [round(CALIBRATION * share), LENGTH]
     told = {"calib": calib, "seed": seed, "windows": windows} | digest_of(calib)
     steps = replace(steps, model=loaded.name, calibration=told)

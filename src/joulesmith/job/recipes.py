@@ -139,7 +139,7 @@ def check_shrink(first: Recipe, model: Model) -> None:
     for step in first.steps:
         if isinstance(step, Shrink):
             step.shape(shape_of(model))
-            step.budget(model.parameters)
+            step.budget(model.parameters)  # raises
             return  # the others see other shapes
 
 

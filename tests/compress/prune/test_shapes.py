@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from joulesmith.compress.prune import width
+from joulesmith.compress.prune.prices import Prices
 from joulesmith.compress.prune.shapes import neurons_for, search
 from joulesmith.compress.prune.shrink import Shape
 from joulesmith.errors import JoulesmithError
@@ -42,7 +45,9 @@ def test_the_search_finds_the_valley(a: float, b: float, c: float) -> None:
         return sum(w * x**2 for w, x in zip((a, b, c), lost, strict=True))
 
     budget = int(0.7 * count(DENSE))
-    found = search(DENSE, budget, count, damage, multiple=8, trials=40, read=count, deepest=4)
+    found = search(
+        DENSE, budget, count, damage, multiple=8, trials=40, read=count, parameters=count, deepest=4
+    )
     assert all(t.parameters <= budget for t in found)
     assert [t.damage for t in found] == sorted(t.damage for t in found)
     every = [
@@ -56,8 +61,35 @@ def test_the_search_finds_the_valley(a: float, b: float, c: float) -> None:
 def test_an_unreachable_budget_is_refused() -> None:
     with pytest.raises(JoulesmithError, match="cannot be reached"):
         search(
-            DENSE, 10, count, lambda _: 0.0, multiple=8, trials=9, read=count, deepest=3
+            DENSE, 10, count, lambda _: 0.0, multiple=8, trials=9, read=count, parameters=count,
+            deepest=3,
         )  # fmt: skip
+
+
+PRICES = st.builds(
+    Prices,
+    **{name: st.floats(0, 1e-3) for name in Prices.model_fields},
+)
+
+
+@given(PRICES, st.floats(0.3, 1.0), st.integers(0, 4))
+def test_neurons_meet_a_budget_of_joules(prices: Prices, share: float, gone: int) -> None:
+    budget = share * prices.of(DENSE)
+    shape = replace(DENSE, layers=12 - gone)
+    found = neurons_for(shape, budget, prices.of, 8)
+    fits = [n for n in range(64, 257, 8) if prices.of(replace(shape, neurons=n)) <= budget]
+    if found is None:
+        assert not fits or prices.of(replace(shape, neurons=fits[-1])) > budget * (1 - 1e-9)
+    else:
+        assert prices.of(found) <= budget * (1 + 1e-9)
+        assert found.neurons == pytest.approx(fits[-1], abs=8)
+
+
+def test_prices_are_a_sum_of_parts() -> None:
+    p = Prices(layer=1000, neuron=1, query=10, kv=100, rest=1e6)
+    assert p.of(DENSE) == 1e6 + 12 * (1000 + 256 + 8 * 10 + 4 * 100)
+    with pytest.raises(ValidationError):
+        Prices(layer=-1, neuron=1, query=1, kv=1, rest=1)
 
 
 @given(st.integers(0, 999), st.integers(1, 6))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from joulesmith import models
+from joulesmith.compress.prune.prices import Prices
 from joulesmith.compress.prune.shrink import count, read_per_token, shape_of
 from joulesmith.compress.prune.structured import Shrink, Shrunk
 from joulesmith.compress.recipe import Recipe, read_recipe
@@ -325,3 +326,19 @@ def test_damaged_weights_and_too_little_text(tiny: Path) -> None:
     half = models.load(tiny, dtype="bfloat16")
     with pytest.raises(JoulesmithError, match="float32"):
         Shrink(layers=1).apply(half, WINDOWS)
+
+
+def test_a_budget_of_joules(tiny: Path) -> None:
+    model = models.load(tiny)
+    before = shape_of(model)
+    for kv_costs in (0.0, 1000.0):
+        prices = Prices(layer=5, neuron=1, query=1, kv=kv_costs, rest=100)
+        budget = 0.75 * prices.of(before)
+        step = Shrink(cost=budget, prices=prices, multiple=8, trials=6)
+        found = step.shrink(models.load(tiny), WINDOWS)
+        assert found.cost == (prices.of(before), prices.of(found.after))
+        assert prices.of(found.after) <= budget
+    with pytest.raises(JoulesmithError, match="more than the"):
+        Shrink(cost=1.0, prices=prices, layers=1).shrink(models.load(tiny), WINDOWS)
+    with pytest.raises(JoulesmithError, match="cannot be reached"):
+        Shrink(cost=1.0, prices=prices, multiple=8).shrink(models.load(tiny), WINDOWS)

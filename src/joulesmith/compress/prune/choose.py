@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,12 @@ class Chooser:
         self.step, self.model, self.scratch, self.progress = step, model, scratch, progress
         self.before = shape_of(model)
         self.fitted, held = split(windows)
-        self.budget = step.budget(count(model, self.before))
+        # What the budget is of: parameters, or what the prices say.
+        self.cost: Callable[[Shape], float] = (
+            self._parameters if step.prices is None else step.prices.of
+        )
+        self.unit = "parameters" if step.prices is None else "a token"
+        self.budget: float = step.cost or step.budget(self._parameters(self.before))
         self.wanted = step.shape(self.before) if step.explicit else self.before
         self._possible()
         (scratch / "judge").mkdir()
@@ -78,7 +84,7 @@ class Chooser:
         shape = self.wanted
         if self.step.explicit:
             self._order(self.before.layers - shape.layers)
-        elif self.budget < count(self.model, self.before):
+        elif self.budget < self.cost(self.before):
             trials = self._search()
             shape = trials[0].shape
         kept = self._kept(shape)
@@ -101,7 +107,7 @@ class Chooser:
         found = Shrunk(
             self.before,
             shape,
-            (count(self.model, self.before), count(self.model, shape)),
+            (self._parameters(self.before), self._parameters(shape)),
             (read_per_token(self.model, self.before), read_per_token(self.model, shape)),
             decisions,
             tuple(trials),
@@ -110,6 +116,7 @@ class Chooser:
             unrepaired,
             kept,
             gguf_refusal(self.model, shape),
+            None if self.step.prices is None else (self.cost(self.before), self.cost(shape)),
         )
         rebuild(self.model, shape, kept, drawing.state, ends)
         return found
@@ -117,11 +124,15 @@ class Chooser:
     def _possible(self) -> None:
         """Whether the shape that was asked for can be and meets the budget, before any work."""
         config_for(self.model, self.wanted, range(self.wanted.layers))
-        least = count(self.model, self.wanted)
-        if self.step.parameters is not None and self.step.explicit and least > self.budget:
+        least, bound = self.cost(self.wanted), self.step.parameters or self.step.cost
+        if bound is not None and self.step.explicit and least > self.budget:
             raise JoulesmithError(
-                f"{self.wanted.words()} are {least} parameters, more than the {self.budget} wanted"
+                f"{self.wanted.words()}: {least:.6g} {self.unit}, more than the {self.budget:.6g} "
+                "wanted"
             )
+
+    def _parameters(self, shape: Shape) -> int:
+        return count(self.model, shape)
 
     # -- choosing ---------------------------------------------------------------
 
@@ -205,22 +216,21 @@ class Chooser:
 
     def _search(self) -> list[Trial]:
         """Shapes that meet the budget, best first; the order of layers is known then."""
-
-        def parameters(shape: Shape) -> int:
-            return count(self.model, shape)
-
         total, by = self.before.layers, self.step.by
         if by in ("magnitude", "taylor"):
-            shape = neurons_for(self.before, self.budget, parameters, self.step.multiple)
+            shape = neurons_for(self.before, self.budget, self.cost, self.step.multiple)
             if shape is None:
                 raise JoulesmithError(
-                    f"{self.budget} parameters cannot be reached by neurons alone"
+                    f"{self.budget:.6g} {self.unit} cannot be reached by neurons alone"
                 )
             return [self._trial(shape, self._attempt(shape))]
-        block = parameters(self.before) - parameters(replace(self.before, layers=total - 1))
-        need = -(-(parameters(self.before) - self.budget) // block)
+        now = self.cost(self.before)
+        block = now - self.cost(replace(self.before, layers=total - 1))
+        need = total if block <= 0 else math.ceil((now - self.budget) / block)
         if by == "block-influence" and need >= total:
-            raise JoulesmithError(f"{self.budget} parameters cannot be reached by dropping layers")
+            raise JoulesmithError(
+                f"{self.budget:.6g} {self.unit} cannot be reached by dropping layers"
+            )
         deepest = min(need, total - 1)
         self._order(deepest)
         self.progress(0.3)
@@ -230,17 +240,19 @@ class Chooser:
         return search(
             self.before,
             self.budget,
-            parameters,
+            self.cost,
             self._attempt,
             multiple=self.step.multiple,
             trials=self.step.trials,
             read=lambda s: read_per_token(self.model, s),
+            parameters=self._parameters,
+            unit=self.unit,
             deepest=deepest,
             allowed=lambda s: possible(self.model, s),
         )
 
     def _trial(self, shape: Shape, damage: float) -> Trial:
-        return Trial(shape, count(self.model, shape), read_per_token(self.model, shape), damage)
+        return Trial(shape, self._parameters(shape), read_per_token(self.model, shape), damage)
 
     def _attempt(self, shape: Shape) -> float:
         """Held-out damage of a shape, drawn on part of the windows."""

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from joulesmith.compress.prune.prices import Prices
 from joulesmith.compress.step import Step, StepRecord, register
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Tick, silent
@@ -44,7 +45,7 @@ class Shrunk:
     first. repaired: whether the least-squares repair is in the model. damage: nats of KL per
     token on the held-out windows, with and without repair, None where it was not measured.
     read: parameters read per decoded token, before and after. gguf: why llama.cpp does not load
-    the shape, None where it does.
+    the shape, None where it does. cost: of a decoded token before and after, by the step's prices.
     """
 
     before: Shape
@@ -58,6 +59,7 @@ class Shrunk:
     unrepaired: float | None
     layers: tuple[int, ...]
     gguf: str | None = None
+    cost: tuple[float, float] | None = None
 
     def notes(self) -> tuple[str, ...]:
         """In a few lines."""
@@ -68,6 +70,10 @@ class Shrunk:
             f"({self.parameters[1] / self.parameters[0]:.4f}); a decoded token reads "
             f"{self.read[1] / self.read[0]:.4f} of those it read",
         ]
+        if self.cost is not None:
+            lines.append(
+                f"predicted cost of a decoded token: {self.cost[1] / self.cost[0]:.4f} of before"
+            )
         if gone:
             which = ", ".join(f"{d.layer} ({d.score:.4g})" for d in gone)
             if gone[0].unit == "as asked":
@@ -93,12 +99,13 @@ class Shrink(Step):
     """Remove rows, columns and layers: a smaller model of the same architecture.
 
     parameters: how many the whole model shall have at most: a count, or a share in (0, 1].
+    Or cost and prices: what a decoded token shall cost at most, and what each part of it does.
     neurons: kept of each MLP, a share in (0, 1] or a count. heads: share of the query heads
     kept, whole groups where that is possible; or kv_heads and queries: key-value heads, and
     query heads of each. layers: how many stay, or drop: which go (the model's numbers). width: of
     the residual stream, a share or a count; rotate: by principal directions instead of channels.
-    With ``parameters`` alone the mix is chosen by trying shapes out; with others it is only
-    checked. by: the rule of choice (with ``parameters``, "magnitude" and "taylor" cut neurons,
+    With ``parameters`` or ``cost`` alone the mix is chosen by trying shapes out; with parts it is
+    only checked. by: the rule of choice (with a budget, "magnitude" and "taylor" cut neurons,
     "block-influence" layers). repair: fit what is left. multiple: neurons and width are
     multiples of it, 32 for Q8_0 and Q4_0, 256 for the K types. fisher: damage of neurons and heads
     in nats, by the gradients at each channel of the stream (slower, and measured no better than
@@ -107,6 +114,8 @@ class Shrink(Step):
 
     name: ClassVar[str] = "shrink"
     parameters: int | float | None = Field(default=None, gt=0)
+    cost: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    prices: Prices | None = None
     neurons: int | float | None = Field(default=None, gt=0)
     heads: float | None = Field(default=None, gt=0, le=1)
     kv_heads: int | None = Field(default=None, ge=1)
@@ -134,8 +143,12 @@ class Shrink(Step):
             raise ValueError("give layers or drop, not both")
         if len(set(self.drop)) != len(self.drop):
             raise ValueError("drop names a layer twice")
-        if self.parameters is None and not self.explicit:
-            raise ValueError("give parameters, neurons, heads, layers, drop or width")
+        if (self.cost is None) != (self.prices is None):
+            raise ValueError("give cost and prices together")
+        if self.cost is not None and (self.parameters is not None or self.width is not None):
+            raise ValueError("with a cost give neither parameters nor width")
+        if self.parameters is None and self.cost is None and not self.explicit:
+            raise ValueError("give parameters, a cost, neurons, heads, layers, drop or width")
         if self.rotate and self.width is None:
             raise ValueError("rotate needs a width")
         return self
@@ -192,7 +205,7 @@ class Shrink(Step):
         )
 
     def budget(self, now: int) -> int:
-        """Most parameters. Raises `JoulesmithError` above what the model has."""
+        """Most parameters. Raises `JoulesmithError` above the ``now`` that the model has."""
         wanted = now if self.parameters is None else self.parameters
         count = int(wanted * now) if wanted <= 1 else int(wanted)
         if count > now:
