@@ -63,7 +63,8 @@ class Pattern:
         many stay where scores are equal too, the first ones. NaN counts as least.
         """
         rows, columns = score.shape
-        score = torch.nan_to_num(score, nan=-math.inf)
+        if math.isnan(float(score.sum())):  # in one pass, without a copy
+            score = torch.nan_to_num(score, nan=-math.inf)
         if self.of:
             groups = score.reshape(rows, columns // self.of, self.of)
             return _most(groups, self.keep).view(rows, columns)
@@ -108,10 +109,10 @@ def _top(score: Tensor, kept: int) -> Tensor:
         return found if kept == 0 else ~found
     # numpy's selection takes a tenth of torch's time
     least = float(np.partition(score.numpy(), n - kept)[n - kept])
-    found = score > least
-    if missing := kept - int(found.sum()):
+    found = score >= least
+    if more := int(torch.count_nonzero(found)) - kept:
         ties = (score == least).nonzero().flatten()
-        found[ties[:missing]] = True
+        found[ties[len(ties) - more :]] = False
     return found
 
 
