@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import slicegpt
 import torch
 
 from joulesmith import models, text
@@ -37,6 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "repair": False,
     },
     "width by one rotation (SliceGPT's idea)": {"rotate": True, "repair": False},
+    "width, a rotation a norm (SliceGPT)": {"slicegpt": True},
     "ours, neurons alone": {"alone": "neurons"},
     "ours, layers alone": {"alone": "layers"},
     "ours": {"parameters": 0.8},
@@ -117,6 +119,25 @@ def settings(
     elif method == "ours":
         given["trials"] = args.trials
     return given
+
+
+def sliced(
+    model: models.Model, windows: np.ndarray, judged: np.ndarray, dense: torch.Tensor, start: float
+) -> dict[str, Any]:
+    """SliceGPT's row; its residual matrices count among the parameters."""
+    whole, config = model.parameters, model.module.config
+    width = slicegpt.widest(model, int(0.8 * whole))
+    left = slicegpt.parameters(model, width)
+    slicegpt.slice_(model, windows, width)
+    return {
+        "left": left / whole,
+        "read": (left - config.vocab_size * width) / whole,
+        "seconds": time.perf_counter() - start,
+        **judge(model, judged, dense),
+        "words": f"width {width} of {config.hidden_size}, and {2 * config.num_hidden_layers} "
+        "matrices on the residual; no engine loads it",
+        "notes": [],
+    }
 
 
 def joules(args: argparse.Namespace, load: Any, shrunk: Path) -> list[dict[str, Any]]:
@@ -243,6 +264,11 @@ def main() -> None:
             if key in done:
                 continue
             model, start = load(), time.perf_counter()
+            if METHODS[method].get("slicegpt"):
+                done[key] = sliced(model, windows, judged, dense, start)
+                print(f"{key}: {done[key]}", flush=True)
+                keep()
+                continue
             found = Shrink(**settings(method, model, args, done, seed)).shrink(model, windows)
             seconds = time.perf_counter() - start
             after = found.after
