@@ -28,7 +28,7 @@ class Branches(nn.Module):
         return torch.tanh(self.blocks[0](x)) + self.blocks[1](x)
 
 
-def language(kind: str, seed: int = 0) -> nn.Module:
+def language(kind: str, seed: int = 0, layers: int = 2) -> nn.Module:
     """ "llama", "gpt2" (Conv1D, fused QKV, tied), "bert" or "mixtral" (fused experts)."""
     import transformers as t
 
@@ -36,7 +36,7 @@ def language(kind: str, seed: int = 0) -> nn.Module:
     if kind == "llama":
         made: nn.Module = t.LlamaForCausalLM(
             t.LlamaConfig(
-                vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
                 num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
                 tie_word_embeddings=True,
             )
@@ -44,21 +44,21 @@ def language(kind: str, seed: int = 0) -> nn.Module:
     elif kind == "gpt2":
         made = t.GPT2LMHeadModel(
             t.GPT2Config(
-                vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=0,
+                vocab_size=50, n_embd=16, n_layer=layers, n_head=2, n_positions=64, bos_token_id=0,
                 eos_token_id=0,
             )
         )  # fmt: skip
     elif kind == "bert":
         made = t.BertModel(
             t.BertConfig(
-                vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
                 num_attention_heads=2, max_position_embeddings=64,
             )
         )  # fmt: skip
     else:
         made = t.MixtralForCausalLM(
             t.MixtralConfig(
-                vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
                 num_attention_heads=2, num_key_value_heads=1, num_local_experts=3,
                 num_experts_per_tok=2, max_position_embeddings=64,
             )

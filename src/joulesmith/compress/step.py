@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
@@ -55,6 +56,21 @@ class Step(BaseModel):
         self, model: Model, calibration: NDArray[np.int32], progress: Tick = silent
     ) -> StepRecord:
         """Change ``model`` or pack its tensors; calibration: token windows (n, length)."""
+        raise NotImplementedError
+
+
+class Resumable(Step):
+    """A step that can go on where it was interrupted."""
+
+    def apply(
+        self,
+        model: Model,
+        calibration: NDArray[np.int32],
+        progress: Tick = silent,
+        keep: Path | None = None,
+    ) -> StepRecord:
+        """As `Step.apply`. keep: folder for what is done; a call with the same settings, model and
+        calibration goes on from there, to the same outcome."""
         raise NotImplementedError
 
 

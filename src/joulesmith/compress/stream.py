@@ -11,7 +11,7 @@ import contextlib
 import copy
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,15 @@ class Block:
                 stats = self._stats(groups, before, last=last, fixed=fixed)
                 yield from (Group(o, st) for o, st in zip(groups, stats, strict=True))
         if not (chosen and fixed):
-            self._advance(before)
+            self._advance(*((0, 1) if s.targets and before is None else (0,)))
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around a change that needs no moments, instead of `groups`: hidden states go on."""
+        if self.streams.targets:
+            self._advance(1)
+        yield
+        self._advance(0)
 
     def _order(self, chosen: dict[str, Linear]) -> list[dict[str, Linear]]:
         seen: list[tuple[str, Tensor]] = []
@@ -358,12 +366,12 @@ class Block:
                 self.streams.put(stream, b, hidden_of(out))
         return inputs
 
-    def _advance(self, before: nn.Module | None) -> None:
+    def _advance(self, *streams: int) -> None:
+        """Hidden states of these streams, through the block as it is, to the next."""
         s = self.streams
         if "" in s.names or self.index + 1 == len(s.names):
             return
         with coarse():
-            for b in range(len(s.batches)):
-                if s.targets and before is None:
-                    s.put(1, b, hidden_of(s.run(self.module, b, s.get(1, b))))
-                s.put(0, b, hidden_of(s.run(self.module, b, s.get(0, b))))
+            for stream in streams:
+                for b in range(len(s.batches)):
+                    s.put(stream, b, hidden_of(s.run(self.module, b, s.get(stream, b))))

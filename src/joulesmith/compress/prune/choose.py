@@ -31,6 +31,7 @@ from joulesmith.compress.prune.shrink import (
     shape_of,
 )
 from joulesmith.compress.prune.structured import Decision, Shrunk, layer_decisions
+from joulesmith.compress.prune.tried import Tried
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Tick
 
@@ -54,6 +55,7 @@ class Chooser:
         windows: NDArray[np.int32],
         scratch: Path,
         progress: Tick,
+        keep: Path | None = None,
     ) -> None:
         self.step, self.model, self.scratch, self.progress = step, model, scratch, progress
         self.before = shape_of(model)
@@ -66,11 +68,12 @@ class Chooser:
         self.budget: float = step.cost or step.budget(self._parameters(self.before))
         self.wanted = step.shape(self.before) if step.explicit else self.before
         self._possible()
+        self.tried = Tried(keep, step.model_dump_json(), model.module, windows)
         (scratch / "judge").mkdir()
         with products("medium"):
             self.judge = Judge(model.module, held, scratch / "judge")
         self.hints = Hints({})
-        self.layers = drop.Drops((), ())
+        self.layers, self.attempts = drop.Drops((), ()), 0
         self.fit = Fit() if step.repair else None
 
     def run(self) -> Shrunk:
@@ -83,7 +86,7 @@ class Chooser:
         trials: list[Trial] = []
         shape = self.wanted
         if self.step.explicit:
-            self._order(self.before.layers - shape.layers)
+            self.layers = self.tried.order(lambda: self._order(self.before.layers - shape.layers))
         elif self.budget < self.cost(self.before):
             trials = self._search()
             shape = trials[0].shape
@@ -136,19 +139,20 @@ class Chooser:
 
     # -- choosing ---------------------------------------------------------------
 
-    def _order(self, most: int) -> None:
+    def _order(self, most: int) -> drop.Drops:
         """Which layers go, ``most`` of them, by the rule."""
         step, total = self.step, self.before.layers
         if step.drop:
-            self.layers = drop.Drops(tuple(step.drop), (0.0,) * len(step.drop))
-        elif most and step.by == "damage":
-            self.layers = drop.by_damage(total, most, self._without)
-        elif most and step.by == "block-influence":
-            self.layers = drop.by_score(self._influence(), most)
-        elif most:
-            assert self.hints.scores is not None
-            norms = [float(self.hints.scores[i][1].square().sum().sqrt()) for i in range(total)]
-            self.layers = drop.by_score(norms, most)
+            return drop.Drops(tuple(step.drop), (0.0,) * len(step.drop))
+        if not most:
+            return drop.Drops((), ())
+        if step.by == "damage":
+            return drop.by_damage(total, most, self._without)
+        if step.by == "block-influence":
+            return drop.by_score(self._influence(), most)
+        assert self.hints.scores is not None
+        norms = [float(self.hints.scores[i][1].square().sum().sqrt()) for i in range(total)]
+        return drop.by_score(norms, most)
 
     def _without(self, gone: frozenset[int], tried: Sequence[int]) -> list[float]:
         """Damage of leaving out ``gone`` and each of ``tried`` (rising); one stream is shared.
@@ -232,7 +236,7 @@ class Chooser:
                 f"{self.budget:.6g} {self.unit} cannot be reached by dropping layers"
             )
         deepest = min(need, total - 1)
-        self._order(deepest)
+        self.layers = self.tried.order(lambda: self._order(deepest))
         self.progress(0.3)
         if by == "block-influence":
             shape = replace(self.before, layers=total - deepest)
@@ -255,7 +259,13 @@ class Chooser:
         return Trial(shape, self._parameters(shape), read_per_token(self.model, shape), damage)
 
     def _attempt(self, shape: Shape) -> float:
-        """Held-out damage of a shape, drawn on part of the windows."""
+        """Held-out damage of a shape, drawn on part of the windows or known."""
+        found = self.tried.damage(shape, self._draft)
+        self.attempts += 1
+        self.progress(0.3 + 0.4 * min(1.0, self.attempts / self.step.trials))
+        return found
+
+    def _draft(self, shape: Shape) -> float:
         with self._folder() as folder:
             some = self._some(self.fitted)
             rough = None if self.fit is None else replace(self.fit, rounds=16)

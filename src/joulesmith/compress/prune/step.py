@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from joulesmith.compress.prune.task import Allocation, Method
-from joulesmith.compress.step import Step, StepRecord, register
+from joulesmith.compress.step import Resumable, StepRecord, register
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Tick, silent
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @register
-class Prune(Step):
+class Prune(Resumable):
     """Zeros in the linear layers of the blocks; see `walk.prune_module` for method, allocation,
     pattern, threshold, repair and layers.
 
@@ -93,7 +94,11 @@ class Prune(Step):
         )  # fmt: skip
 
     def apply(
-        self, model: Model, calibration: NDArray[np.int32], progress: Tick = silent
+        self,
+        model: Model,
+        calibration: NDArray[np.int32],
+        progress: Tick = silent,
+        keep: Path | None = None,
     ) -> StepRecord:
         """Prune in place. Errors: those of `walk.prune_module`; the model is then as it was."""
         from joulesmith.compress.prune.walk import prune_module
@@ -110,6 +115,7 @@ class Prune(Step):
             layers=self.layers,
             before=None if self.before is None else self._before(),
             seed=self.seed,
+            keep=keep,
             progress=progress,
         )
         size = sum(p.shape[0] * p.shape[1] for p in found)

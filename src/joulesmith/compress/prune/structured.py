@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from joulesmith.compress.prune.prices import Prices
-from joulesmith.compress.step import Step, StepRecord, register
+from joulesmith.compress.step import Resumable, StepRecord, register
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Tick, silent
 
@@ -95,7 +95,7 @@ class Shrunk:
 
 
 @register
-class Shrink(Step):
+class Shrink(Resumable):
     """Remove rows, columns and layers: a smaller model of the same architecture.
 
     parameters: how many the whole model shall have at most: a count, or a share in (0, 1].
@@ -160,17 +160,26 @@ class Shrink(Step):
         return any(p is not None for p in parts) or bool(self.drop)
 
     def apply(
-        self, model: Model, calibration: NDArray[np.int32], progress: Tick = silent
+        self,
+        model: Model,
+        calibration: NDArray[np.int32],
+        progress: Tick = silent,
+        keep: Path | None = None,
     ) -> StepRecord:
         """As `shrink`, which also tells what was decided."""
-        done = self.shrink(model, calibration, progress)
+        done = self.shrink(model, calibration, progress, keep)
         return StepRecord(self.name, notes=done.notes(), shrunk=done)
 
     def shrink(
-        self, model: Model, calibration: NDArray[np.int32], progress: Tick = silent
+        self,
+        model: Model,
+        calibration: NDArray[np.int32],
+        progress: Tick = silent,
+        keep: Path | None = None,
     ) -> Shrunk:
         """Choose, repair, cut. calibration: int32 (n, length), n of 2 or more; one in eight, at
-        most 8, judge and are not fitted on.
+        most 8, judge and are not fitted on. keep: as `Resumable.apply`; it holds which layers go
+        and what shapes were tried.
 
         Raises `JoulesmithError` for shapes and budgets that cannot be, NaN or infinity in
         weights and activations; the model is then as it was.
@@ -179,7 +188,7 @@ class Shrink(Step):
 
         check_weights(model)
         with tempfile.TemporaryDirectory(prefix="shrink-") as folder:
-            return Chooser(self, model, calibration, Path(folder), progress).run()
+            return Chooser(self, model, calibration, Path(folder), progress, keep).run()
 
     def shape(self, before: Shape) -> Shape:
         """The shape that is asked for in parts. Raises `JoulesmithError` where it cannot be."""

@@ -21,6 +21,7 @@ from joulesmith.compress.gradients import Labels
 from joulesmith.compress.input_stats import InputStats
 from joulesmith.compress.layers import Linear, Undo
 from joulesmith.compress.prune import admm
+from joulesmith.compress.prune.keep import Kept
 from joulesmith.compress.prune.patterns import Pattern, parse_pattern
 from joulesmith.compress.prune.sparsegpt import sparsegpt
 from joulesmith.compress.prune.survey import DAMPING, Survey, kept, score, shares, survey
@@ -75,6 +76,7 @@ def prune_module(
     labels: Labels = "given",
     seed: int = 0,
     scratch: Path | None = None,
+    keep: Path | None = None,
     progress: Tick = silent,
 ) -> list[Pruned]:
     """Set weights of ``module`` to zero, in place; what is left makes up for them.
@@ -88,6 +90,8 @@ def prune_module(
     sparsegpt and of Wanda, which compares within a row as its authors do).
     repair: least squares for what a score leaves. before: name -> weights before training, for
     "movement" and "update". labels: of "taylor" and "fisher"; predicted damages draw theirs.
+    keep: folder in which the survey and the blocks that are done are kept, so that a call with the
+    same arguments goes on where an interrupted one stopped, to the same weights.
 
     Raises `JoulesmithError` in one line, the module unchanged, for settings that contradict each
     other, a pattern that does not divide a layer, weights or activations that are not finite,
@@ -110,15 +114,17 @@ def prune_module(
     task = Task(
         module, chosen, kind, method, by, share, threshold, before, repair, labels, seed, scratch
     )
-    told = survey(task, batches, lambda x: progress(0.35 * x))
+    done = Kept(keep, task, batches)
+    told = done.survey(lambda: survey(task, batches, lambda x: progress(0.35 * x)))
     each = shares(task, told)
 
     def rest(x: float) -> None:
         progress(0.35 + 0.65 * x)
 
+    rest(0.0)
     if batches is None or (method not in SOLVERS and not repair and method != "wanda"):
         return _by_score(task, told, each, rest)
-    return _walk(task, told, each, batches, rest)
+    return _walk(task, told, each, batches, done, rest)
 
 
 def enough(windows: NDArray[np.int32], widest: int) -> NDArray[np.int32]:
@@ -161,7 +167,12 @@ def _by_score(task: Task, told: Survey, each: Mapping[str, float], progress: Tic
 
 
 def _walk(
-    task: Task, told: Survey, each: Mapping[str, float], batches: list[Batch], progress: Tick
+    task: Task,
+    told: Survey,
+    each: Mapping[str, float],
+    batches: list[Batch],
+    done: Kept,
+    progress: Tick,
 ) -> list[Pruned]:
     found: dict[str, Pruned] = {}
     # What published methods look at: a block's inputs as they are by now, its layers all dense.
@@ -171,15 +182,26 @@ def _walk(
         Streams(task.module, batches, targets=not plain, scratch=task.scratch) as streams,
     ):
         for block in streams.blocks():
-            for group in block.groups(at_once=plain, wanted=set(task.chosen)):
-                for name, layer in group.layers.items():
-                    old = layer.matrix.float().clone()
-                    new = _solved(task, told, name, layer, old, group, each[name])
-                    undo.keep(layer)
-                    layer.write(new)
-                    if not plain:
-                        _mend_bias(layer, old, group.stats)
-                    found[name] = _report(name, layer, told, _error(old, new, group.stats))
+            errors: dict[str, float] = {}
+            if (solved := done.block(block.index)) is not None:
+                with block.changing():
+                    for name, s in solved.items():
+                        undo.keep(block.layers[name])
+                        s.write(block.layers[name])
+                        errors[name] = s.error
+            else:
+                for group in block.groups(at_once=plain, wanted=set(task.chosen)):
+                    for name, layer in group.layers.items():
+                        old = layer.matrix.float().clone()
+                        new = _solved(task, told, name, layer, old, group, each[name])
+                        undo.keep(layer)
+                        layer.write(new)
+                        if not plain:
+                            _mend_bias(layer, old, group.stats)
+                        errors[name] = _error(old, new, group.stats)
+                done.keep_block(block.index, {n: block.layers[n] for n in errors}, errors)
+            for name, error in errors.items():
+                found[name] = _report(name, block.layers[name], told, error)
             trim_heap()
             progress((block.index + 1) / len(streams.names))
     return [found[n] for n in task.chosen]
