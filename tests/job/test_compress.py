@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 import torch
 from runner import Run
 
+from joulesmith.compress.prune import admm, walk
+from joulesmith.compress.prune.keep import Kept
 from joulesmith.compress.prune.prices import Prices
 from joulesmith.compress.prune.structured import Shrink
 from joulesmith.compress.recipe import read_recipe
@@ -81,6 +84,52 @@ def test_a_smaller_dense_model(tiny: Path, tmp_path: Path, joulesmith: Run) -> N
     assert sum(p.numel() for p in model.parameters()) == after
     ids = model.generate(torch.arange(1, 9)[None], max_new_tokens=8, do_sample=False)
     assert ids.shape == (1, 16)
+
+
+def weights_of(out: Path) -> bytes:
+    return next(out.glob("*.safetensors")).read_bytes()
+
+
+def test_a_killed_run_goes_on(tiny: Path, tmp_path: Path, joulesmith: Run) -> None:
+    words = ("compress", tiny, "--shrink", "0.8", "--prune", "0.5", "--out")
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert joulesmith(*words, whole).returncode == 0
+    killed = joulesmith(*words, out, until="shrink:")
+    assert killed.returncode == -signal.SIGKILL and not out.exists()
+    kept = tmp_path / "out.work" / "work" / "shrink-0"
+    assert sorted(p.name for p in kept.iterdir()) == ["order.json", "shapes.json"]
+    done = joulesmith(*words, out)
+    assert done.returncode == 0, done.stderr
+    assert weights_of(out) == weights_of(whole), "the same bytes as a run that was not killed"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"], "no working files"
+
+
+def test_interrupted_while_pruning(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    expected = compress(str(tiny), whole, prune="0.5")
+    solved, solve, keep = [], admm.prune, Kept.keep_block
+
+    def stops(*args: Any) -> None:
+        keep(*args)
+        raise KeyboardInterrupt
+
+    def counted(*args: Any, **settings: Any) -> torch.Tensor:
+        solved.append(1)
+        return solve(*args, **settings)
+
+    monkeypatch.setattr(admm, "prune", counted)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Kept, "keep_block", stops)
+        compress(str(tiny), out, prune="0.5")
+    kept = tmp_path / "out.work" / "work" / "prune-0"
+    assert sorted(p.name for p in kept.iterdir()) == ["block-0.safetensors", "survey.safetensors"]
+    monkeypatch.setattr(walk, "survey", None)
+    found = compress(str(tiny), out, prune="0.5")
+    assert len(solved) == 14, "each layer once"
+    assert found.pruned == expected.pruned and found.quality == expected.quality
+    assert weights_of(out) == weights_of(whole)
 
 
 def test_shrunk_and_pruned_in_a_gguf(tiny: Path, tmp_path: Path, joulesmith: Run) -> None:

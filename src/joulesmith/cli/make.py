@@ -290,7 +290,7 @@ def compress(
     --shrink gives a smaller dense model, which engines run faster. --prune makes zeros: the
     file is smaller, and no engine here runs it faster. What is left is fitted to make up for
     what went; nothing is trained. The recipe is written with the model. The same command again
-    goes on with the texts, the reference and what is quantized; taking away begins anew.
+    goes on where it stopped: at the block that was being pruned, the shape being tried.
     """
     from joulesmith.job.compress import compress as run
     from joulesmith.progress import Progress

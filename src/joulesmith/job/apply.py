@@ -1,7 +1,7 @@
 """A recipe applied to a model in a run's folder: what is done is kept there and goes on.
 
-The steps are those of `compress`; here they get stages of progress, and rounding keeps each
-block, so that an interrupted run does not begin anew.
+The steps are those of `compress`; here they get stages of progress and a place to keep what is
+done, so that an interrupted run does not begin anew.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from joulesmith.compress.quantize.choice import HEAD
 from joulesmith.compress.quantize.grids import Bytes, grid
 from joulesmith.compress.quantize.input_types import SCHEMES
 from joulesmith.compress.quantize.step import Quantize
+from joulesmith.compress.step import Resumable
 from joulesmith.errors import JoulesmithError
 from joulesmith.job.refine import refine
 from joulesmith.models import EMBEDDING, set_gguf_weight
@@ -70,8 +71,8 @@ def apply(
 ) -> Applied:
     """Run all steps, after those of ``done``.
 
-    Rounding and learning go on where an interrupted run stopped; the other steps are done
-    again, with the same outcome. Raises `JoulesmithError` as the steps do.
+    Pruning, shrinking, rounding and learning go on where an interrupted run stopped; the other
+    steps are done again, with the same outcome. Raises `JoulesmithError` as the steps do.
     """
     done = done or Applied()
     done.notes += fitted.notes
@@ -82,7 +83,11 @@ def apply(
             continue
         show.expected.setdefault(step.name, _OTHER)
         with show.stage(step.name) as tick:
-            record = step.apply(model, inputs.calibration, tick)
+            if isinstance(step, Resumable):
+                keep = workspace.work / f"{step.name}-{i}"
+                record = step.apply(model, inputs.calibration, tick, keep)
+            else:
+                record = step.apply(model, inputs.calibration, tick)
         done.notes += [n for n in record.notes if n not in done.notes]
         done.inputs |= record.inputs
         done.cache = record.cache or done.cache
