@@ -1,0 +1,1 @@
+"""Recovery, distillation and training from nothing, with joules counted. Knows no plans."""

@@ -1,0 +1,171 @@
+"""Checkpoints of a training: whole or not at all, the last good one kept, no pickle.
+
+torch's distributed checkpoint, stored as safetensors: each rank writes its part, and any other
+number of ranks reads it back. Numbers and names are JSON beside it. Knows tensors by name; not
+what is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.optim import Optimizer
+
+from joulesmith.atomic import check_space
+from joulesmith.errors import JoulesmithError
+
+STATE = "state.json"
+_NAME = re.compile(r"step-(\d{9})")
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True, ignore_frozen_params=True)
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint in ``folder``, None where there is none."""
+    found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name) and (p / STATE).is_file()]
+    return max(found, default=None)
+
+
+def save(
+    folder: Path, step: int, module: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
+) -> Path:
+    """Write ``folder``/step-N and remove older ones. state: JSON.
+
+    All ranks call it. Raises `JoulesmithError` where the disk is full or cannot be written to: the
+    checkpoint before is then as it was.
+    """
+    final = folder / f"step-{step:09d}"
+    part = folder / f"{final.name}.part"
+    first = rank() == 0
+    tensors, rest = _flat(module, optimizer)
+    try:
+        if first:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            check_space(folder, sum(t.numel() * t.element_size() for t in tensors.values()))
+        wait()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one process is no mistake
+            dcp_save(
+                dict(tensors),
+                storage_writer=HuggingFaceStorageWriter(path=str(part), save_distributed=True),
+                no_dist=not _distributed(),
+            )
+        if first:
+            (part / STATE).write_text(json.dumps({**state, "step": step, "groups": rest}))
+            shutil.rmtree(final, ignore_errors=True)  # an incomplete one of a killed run
+            part.replace(final)
+            for old in folder.glob("step-*"):
+                if old != final:
+                    shutil.rmtree(old, ignore_errors=True)
+        wait()
+    except JoulesmithError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    except (Exception, CheckpointException) as e:  # torch wraps what the disk says
+        shutil.rmtree(part, ignore_errors=True)
+        raise JoulesmithError(
+            f"cannot write the checkpoint {final}: {_why(e)}: free some space; the one before it "
+            "is kept, and the same command goes on from there"
+        ) from e
+    return final
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON part. Raises `JoulesmithError` for one that is damaged."""
+    try:
+        found = json.loads((path / STATE).read_text())
+        if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+            raise ValueError
+    except (OSError, ValueError, RecursionError) as e:
+        raise JoulesmithError(f"damaged checkpoint: {path}: remove it to start anew") from e
+    return found
+
+
+def load(path: Path, module: nn.Module, optimizer: Optimizer) -> None:
+    """Weights and optimizer state in place. Raises `JoulesmithError` where they do not fit."""
+    tensors, rest = _flat(module, optimizer)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp_load(
+                dict(tensors),
+                storage_reader=HuggingFaceStorageReader(path=str(path)),
+                no_dist=not _distributed(),
+            )
+    except (Exception, CheckpointException) as e:
+        raise JoulesmithError(
+            f"the checkpoint {path} is of another model or damaged: {_why(e)}: remove it to start "
+            "anew"
+        ) from e
+    weights: dict[str, Any] = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
+    optimizer_state: dict[str, Any] = {
+        k[6:]: v for k, v in tensors.items() if k.startswith("optim.")
+    }
+    set_state_dict(
+        module,
+        optimizer,
+        model_state_dict=weights,
+        optim_state_dict={**optimizer_state, **rest},
+        options=StateDictOptions(
+            flatten_optimizer_state_dict=True, ignore_frozen_params=True, strict=False
+        ),
+    )
+
+
+def _flat(module: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors under "model." and "optim."; the numbers of the optimizer's groups."""
+    weights, states = get_state_dict(module, optimizer, options=_OPTIONS)
+    every: dict[str, Any] = {f"model.{n}": t for n, t in weights.items()}
+    every |= {f"optim.{n}": t for n, t in states.items()}
+    tensors = {n: t for n, t in every.items() if isinstance(t, Tensor)}
+    return tensors, {n: v for n, v in states.items() if not isinstance(v, Tensor)}
+
+
+def rank() -> int:
+    """Of this process; 0 where it is alone."""
+    return torch.distributed.get_rank() if _distributed() else 0
+
+
+def world() -> int:
+    """How many processes train together."""
+    return torch.distributed.get_world_size() if _distributed() else 1
+
+
+def wait() -> None:
+    """For all ranks."""
+    if _distributed():
+        torch.distributed.barrier()
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _why(e: BaseException) -> str:
+    """The last cause, in one line."""
+    if failures := getattr(e, "failures", None):  # of ranks, as torch gathers them
+        e = next(iter(failures.values()))[0]
+    while e.__cause__ is not None or e.__context__ is not None:
+        e = e.__cause__ or e.__context__  # type: ignore[assignment]
+    lines = str(e).strip().splitlines()
+    return (lines[-1].strip() if lines else type(e).__name__)[:200]

@@ -1,0 +1,347 @@
+"""The loop: windows in, a trained module and the joules that it took. One for training,
+distillation and recovery, which differ in the objective that they give it.
+
+Knows a module, windows of tokens and an objective; not what is trained for, nor models' files.
+Everything that a step does follows from its number and the seed, so that a run that was killed
+goes on with the losses that it would have had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from joulesmith.energy.training import LoopMeter
+from joulesmith.errors import JoulesmithError
+from joulesmith.progress import Tick, silent
+from joulesmith.train import budget, checkpoint, optimizers, schedule
+from joulesmith.train.settings import TrainSettings
+
+Judge = Callable[[nn.Module], float]
+"""Held-out loss of the module, nats a token."""
+
+
+class Objective(Protocol):
+    """The loss of some windows, a mean over their tokens."""
+
+    def __call__(self, module: nn.Module, tokens: Tensor, places: NDArray[np.int64]) -> Tensor:
+        """tokens: int64 (n, length); places: which windows they are."""
+
+
+class Hook(Protocol):
+    """What changes weights between steps, such as sparse training."""
+
+    def before(self, step: int) -> None:
+        """Called before the step's optimizer moves weights, when gradients are there."""
+
+    def after(self, step: int) -> None:
+        """Called when they have moved."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, JSON."""
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Goes on from there."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """steps: done in all. stopped: why, in words. losses: of each step of this process, nats a
+    token. curve: (joules or None, held-out loss) at each evaluation. joules and the interval of all
+    steps, those before a resume included; None unknown. optimizer_bytes: its state, on this
+    rank."""
+
+    steps: int
+    stopped: str
+    losses: tuple[float, ...]
+    curve: tuple[tuple[float | None, float], ...]
+    joules: float | None
+    low: float | None
+    high: float | None
+    pedigree: str | None
+    seconds: float
+    optimizer_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _State:
+    """What is kept of a run beside tensors."""
+
+    step: int = 0
+    curve: list[tuple[float | None, float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+
+def train(
+    module: nn.Module,
+    windows: NDArray[np.int32],
+    objective: Objective,
+    settings: TrainSettings,
+    *,
+    judge: Judge | None = None,
+    folder: Path | None = None,
+    identity: object = None,
+    hook: Hook | None = None,
+    meter: Any = None,
+    save_seconds: float = 60.0,
+    points: Path | None = None,
+    progress: Tick = silent,
+    tell: Callable[[str], None] | None = None,
+) -> Trained:
+    """Train what in ``module`` requires gradients, in place.
+
+    windows: int32 (n, length). judge: held-out loss, taken at the start, every ``settings.every``
+    steps and at the end. folder: of checkpoints, written every ``save_seconds`` and at the end; a
+    run of the same settings, windows, parameters and ``identity`` that stopped there goes on.
+    meter: an `EnergyMeter`. points: file of the energy curve.
+
+    Raises `JoulesmithError` for windows that are none, a loss or gradient that is not finite (the
+    last checkpoint is kept), checkpoints of another run, and a full disk.
+    """
+    if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
+        raise JoulesmithError("no windows to train on: give more text")
+    chosen = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    optimizer = optimizers.build(chosen, settings)
+    print_of = _identity(module, windows, settings, identity)
+    state = _State()
+    with ExitStack() as stack:
+        stack.enter_context(_training(module, settings))
+        loop = stack.enter_context(
+            LoopMeter(meter, parameters=module, budget_joules=settings.budget_joules, path=points)
+        )
+        run = _Run(
+            module, windows, objective, settings, optimizer, judge, folder, print_of, hook, loop,
+            state, save_seconds, progress, tell or (lambda _: None),
+        )  # fmt: skip
+        stopped = run.go()
+    return Trained(
+        steps=state.step,
+        stopped=stopped,
+        losses=tuple(state.losses),
+        curve=tuple(state.curve),
+        joules=loop.joules,
+        low=loop.low,
+        high=loop.high,
+        pedigree=loop.pedigree,
+        seconds=loop.seconds,
+        optimizer_bytes=optimizers.state_bytes(optimizer),
+        notes=tuple(loop.notes),
+    )
+
+
+class _Run:
+    """One call of `train`."""
+
+    def __init__(
+        self, module: nn.Module, windows: NDArray[np.int32], objective: Objective,
+        settings: TrainSettings, optimizer: torch.optim.Optimizer, judge: Judge | None,
+        folder: Path | None, identity: str, hook: Hook | None, loop: LoopMeter, state: _State,
+        save_seconds: float, progress: Tick, tell: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.module, self.windows, self.objective, self.s = module, windows, objective, settings
+        self.optimizer, self.judge, self.folder, self.identity = optimizer, judge, folder, identity
+        self.hook, self.loop, self.state, self.tell = hook, loop, state, tell
+        self.save_seconds, self.progress = save_seconds, progress
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.saved_at, self.saved_step = time.monotonic(), -1
+
+    def go(self) -> str:
+        """Steps until there is a reason to stop, which is returned."""
+        s, state = self.s, self.state
+        self._resume()
+        if not state.curve:
+            self._judge()
+        stopped = self._reason()
+        while not stopped:
+            self._step(state.step)
+            state.step += 1
+            self.progress(self._done())
+            if s.every and state.step % s.every == 0 and state.step < s.steps:
+                self._judge()
+            stopped = self._reason()
+            if time.monotonic() - self.saved_at >= self.save_seconds and not stopped:
+                self._save()
+        if state.step != self.saved_step:
+            self._judge()
+            self._save()
+        return stopped
+
+    def _done(self) -> float:
+        """Share of the training behind: by steps, or by joules where the budget ends it first."""
+        share = self.state.step / self.s.steps
+        if self.s.budget_joules is not None:
+            share = max(share, self.loop.spent / self.s.budget_joules)
+        return min(1.0, share)
+
+    def _reason(self) -> str:
+        s = self.s
+        if self.state.step >= s.steps:
+            return "all steps done"
+        stop = ""
+        if self.loop.should_stop:
+            stop = f"the budget of {s.budget_joules:g} J is spent"
+        elif s.joules_per_percent is not None:
+            known = [(j, x) for j, x in self.state.curve if j is not None]
+            if budget.enough(known, s.joules_per_percent):
+                stop = f"the next percent of quality costs more than {s.joules_per_percent:g} J"
+        other = _any(bool(stop))  # all ranks stop together
+        return stop or ("another rank stopped" if other else "")
+
+    def _step(self, step: int) -> None:
+        s = self.s
+        at = schedule.windows_of(step, s.batch, len(self.windows), s.seed)
+        mine = at[checkpoint.rank() :: checkpoint.world()]
+        torch.manual_seed(s.seed * 1_000_003 + step * checkpoint.world() + checkpoint.rank())
+        optimizers.set_rate(self.optimizer, schedule.rate(s, (step + 0.5) / s.steps))
+        with self.loop.step(tokens=len(at) * (self.windows.shape[1] - 1), samples=len(at)) as told:
+            total = torch.zeros(())
+            for i in range(0, len(mine), s.micro):
+                places = mine[i : i + s.micro]
+                tokens = torch.from_numpy(self.windows[places].astype(np.int64))
+                with _precision(s):
+                    loss = self.objective(self.module, tokens, places)
+                share = len(places) / len(mine)
+                (loss * share).backward()  # type: ignore[no-untyped-call]
+                total += loss.detach().float() * share
+            told.loss = total
+            value = float(_mean(total))
+            if not math.isfinite(value):
+                raise self._broken(f"the loss became {value} at step {step}")
+            norm = nn.utils.clip_grad_norm_(self.parameters, s.clip or math.inf)
+            if not math.isfinite(float(norm)):
+                raise self._broken(f"the gradient became {float(norm)} at step {step}")
+            if self.hook is not None:
+                self.hook.before(step)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.hook is not None:
+                self.hook.after(step)
+        self.state.losses.append(value)
+
+    def _broken(self, what: str) -> JoulesmithError:
+        kept = "" if self.folder is None else _kept(self.folder)
+        return JoulesmithError(
+            f"{what}: lower the learning rate ({self.s.rate:g}) or the gradient's clip{kept}"
+        )
+
+    def _judge(self) -> None:
+        if self.judge is None:
+            return
+        training = self.module.training
+        self.module.eval()
+        with self.loop.pause("evaluate"), torch.no_grad():
+            loss = self.judge(self.module)
+        self.module.train(training)
+        self.loop.record(eval_loss=loss)
+        self.state.curve.append((self.loop.joules, loss))
+        spent = "" if self.loop.joules is None else f", {self.loop.joules:.4g} J"
+        self.tell(f"step {self.state.step}: held-out loss {loss:.4f}{spent}")
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        state = {
+            "identity": self.identity,
+            "curve": self.state.curve,
+            "losses": self.state.losses,
+            "loop": self.loop.state_dict(),
+            "hook": None if self.hook is None else self.hook.state(),
+        }
+        checkpoint.save(self.folder, self.state.step, self.module, self.optimizer, state)
+        self.saved_at, self.saved_step = time.monotonic(), self.state.step
+
+    def _resume(self) -> None:
+        path = None if self.folder is None else checkpoint.latest(self.folder)
+        if path is None:
+            return
+        kept = checkpoint.read_state(path)
+        if kept.get("identity") != self.identity:
+            raise JoulesmithError(
+                f"{self.folder} holds checkpoints of another training: give another folder"
+            )
+        checkpoint.load(path, self.module, self.optimizer)
+        self.state.step = self.saved_step = kept["step"]
+        self.state.curve[:] = [(j, x) for j, x in kept["curve"]]
+        self.state.losses[:] = kept["losses"]
+        self.loop.load_state_dict(kept["loop"])
+        if self.hook is not None:
+            self.hook.load(kept["hook"])
+        self.tell(f"goes on at step {self.state.step}")
+
+
+def _kept(folder: Path) -> str:
+    last = checkpoint.latest(folder)
+    return "" if last is None else f"; the checkpoint {last.name} is kept"
+
+
+def _identity(
+    module: nn.Module, windows: NDArray[np.int32], settings: TrainSettings, identity: object
+) -> str:
+    """What tells one training from another: not the ranks, nor where it stopped."""
+    names = [(n, list(p.shape), p.requires_grad) for n, p in module.named_parameters()]
+    told = json.dumps([settings.model_dump(), names, identity], sort_keys=True, default=str)
+    h = hashlib.sha256(told.encode())
+    h.update(np.ascontiguousarray(windows).tobytes())
+    return h.hexdigest()[:16]
+
+
+@contextmanager
+def _training(module: nn.Module, settings: TrainSettings) -> Iterator[None]:
+    """Training mode and recomputed activations, undone at the end."""
+    training = module.training
+    config: Any = getattr(module, "config", None)
+    recomputing: Any = module
+    cache = getattr(config, "use_cache", None)
+    module.train()
+    if cache is not None:
+        config.use_cache = False
+    if settings.recompute:
+        if not hasattr(module, "gradient_checkpointing_enable"):
+            raise JoulesmithError(f"{type(module).__name__} cannot recompute its activations")
+        recomputing.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if settings.recompute:
+            recomputing.gradient_checkpointing_disable()
+        if cache is not None:
+            config.use_cache = cache
+        module.train(training)
+
+
+def _precision(settings: TrainSettings) -> Any:
+    if settings.precision == "float32":
+        return nullcontext()
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.autocast(kind, dtype=torch.bfloat16)
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Over ranks."""
+    if checkpoint.world() == 1:
+        return x
+    x = x.clone()
+    torch.distributed.all_reduce(x)
+    return x / checkpoint.world()
+
+
+def _any(x: bool) -> bool:
+    """Whether it is so on some rank."""
+    if checkpoint.world() == 1:
+        return x
+    t = torch.tensor(float(x))
+    torch.distributed.all_reduce(t)
+    return bool(t > 0)

@@ -1,0 +1,194 @@
+"""The loop, on a model of a few thousand weights whose joules are made up."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from joulesmith.errors import JoulesmithError
+from joulesmith.train import checkpoint, losses
+from joulesmith.train.loop import Trained, train
+from joulesmith.train.settings import TrainSettings
+
+VOCAB = 17
+WINDOWS = np.random.default_rng(0).integers(0, VOCAB, (20, 12)).astype(np.int32)
+WINDOWS[:, 1::2] = (WINDOWS[:, ::2] + 1) % VOCAB  # something to learn
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, 16)
+        self.inner = nn.Linear(16, 16)
+        self.drop = nn.Dropout(0.1)
+        self.lm_head = nn.Linear(16, VOCAB)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.lm_head(self.drop(torch.relu(self.inner(self.embed(tokens)))))
+        return out
+
+
+def small(seed: int = 0) -> Small:
+    torch.manual_seed(seed)
+    return Small()
+
+
+def objective(module: nn.Module, tokens: Tensor, places: NDArray[np.int64]) -> Tensor:
+    return losses.hard(module(tokens[:, :-1]), tokens[:, 1:])
+
+
+def judge(module: nn.Module) -> float:
+    tokens = torch.from_numpy(WINDOWS.astype(np.int64))
+    return float(objective(module, tokens, np.arange(len(tokens))))
+
+
+def go(module: nn.Module | None = None, **given: Any) -> Trained:
+    settings = {"steps": 12, "batch": 8, "micro": 4, "rate": 1e-2}
+    settings |= {k: given.pop(k) for k in list(given) if k in TrainSettings.model_fields}
+    return train(module or small(), WINDOWS, objective, TrainSettings(**settings), **given)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adamw", "adafactor", "muon"])
+def test_it_learns(optimizer: str) -> None:
+    rate = {"sgd": 0.5, "momentum": 0.1, "adafactor": 0.02, "muon": 0.02}.get(optimizer, 1e-2)
+    found = go(optimizer=optimizer, rate=rate, steps=60, judge=judge, every=20)
+    assert len(found.losses) == found.steps == 60 and found.stopped == "all steps done"
+    assert found.curve[-1][1] < found.curve[0][1] - 0.3
+    assert len(found.curve) == 4
+    assert (found.optimizer_bytes > 0) == (optimizer != "sgd")
+
+
+def test_gradients_are_those_of_the_whole_batch() -> None:
+    whole, parts = small(), small()
+    whole.drop.p = parts.drop.p = 0.0
+    go(whole, micro=8, steps=1, optimizer="sgd", warmup=0)
+    go(parts, micro=3, steps=1, optimizer="sgd", warmup=0)
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw", "adafactor", "muon"])
+@pytest.mark.parametrize("stop", [1, 5, 11])
+def test_a_killed_run_goes_on_with_the_same_losses(
+    tmp_path: Path, optimizer: str, stop: int
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    given: dict[str, Any] = {
+        "optimizer": optimizer,
+        "judge": judge,
+        "every": 5,
+        "save_seconds": 0.0,
+    }
+    whole = small()
+    one = go(whole, **given)
+    calls = 0
+
+    def killing(share: float) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == stop + 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        go(folder=tmp_path, progress=killing, **given)
+    again = small(7)  # weights come from the checkpoint
+    two = go(again, folder=tmp_path, **given)
+    assert two.losses == one.losses
+    assert [x for _, x in two.curve] == [x for _, x in one.curve]
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000012"]
+    third = go(small(9), folder=tmp_path, **given)
+    assert third.losses == one.losses, "a finished run is not done again"
+
+
+def test_loss_that_is_not_finite(tmp_path: Path) -> None:
+    def bad(module: nn.Module, tokens: Tensor, places: NDArray[np.int64]) -> Tensor:
+        loss = objective(module, tokens, places)
+        return loss * math.nan if len(seen) > 5 else loss
+
+    seen: list[float] = []
+    with pytest.raises(JoulesmithError, match=r"the loss became nan at step 5.*step-000000005 is"):
+        train(
+            small(), WINDOWS, bad, TrainSettings(steps=9, micro=8), folder=tmp_path,
+            save_seconds=0, progress=lambda x: seen.append(x) or (len(seen) == 5 and seen.append(x)),  # type: ignore[func-returns-value]
+        )  # fmt: skip
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-000000005"
+
+
+def test_gradient_that_is_not_finite() -> None:
+    def bad(module: nn.Module, tokens: Tensor, places: NDArray[np.int64]) -> Tensor:
+        return (
+            objective(module, tokens, places)
+            + 0
+            * module.inner.weight.norm()
+            .sub(  # type: ignore[operator, union-attr]
+                module.inner.weight.norm()
+            )
+            .sqrt()
+        )
+
+    with pytest.raises(JoulesmithError, match="gradient became nan at step 0"):
+        train(small(), WINDOWS, bad, TrainSettings(steps=2))
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go(folder=tmp_path, steps=4)
+    before = {p: p.read_bytes() for p in (tmp_path / "step-000000004").iterdir()}
+    real = checkpoint.HuggingFaceStorageWriter
+
+    class Full(real):  # type: ignore[misc, valid-type]
+        def write_data(self, *args: Any) -> Any:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "HuggingFaceStorageWriter", Full)
+    module = small()
+    optimizer = torch.optim.AdamW(module.parameters())
+    with pytest.raises(JoulesmithError, match=r"No space left.*the one before it is kept") as e:
+        checkpoint.save(tmp_path, 5, module, optimizer, {})
+    assert "\n" not in str(e.value)
+    assert {p: p.read_bytes() for p in (tmp_path / "step-000000004").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000004"]
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
+    go(folder=tmp_path, steps=2)
+    with pytest.raises(JoulesmithError, match="checkpoints of another training"):
+        go(folder=tmp_path, steps=3)
+    (tmp_path / "step-000000002" / "state.json").write_text("[")
+    with pytest.raises(JoulesmithError, match="damaged checkpoint"):
+        go(folder=tmp_path, steps=2)
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
+    go(folder=tmp_path, steps=2)
+    for file in (tmp_path / "step-000000002").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(JoulesmithError, match="of another model or damaged") as e:
+        go(folder=tmp_path, steps=2)
+    assert "\n" not in str(e.value)
+
+
+def test_nothing_to_train_on() -> None:
+    for bad in (WINDOWS[:0], WINDOWS[:, :1]):
+        with pytest.raises(JoulesmithError, match="no windows"):
+            train(small(), bad, objective, TrainSettings(steps=1))
+    with pytest.raises(JoulesmithError, match="every parameter is frozen"):
+        go(small().requires_grad_(False))
+
+
+def test_modes_are_put_back() -> None:
+    module = small().eval()
+    go(module, steps=1)
+    assert not module.training
