@@ -111,6 +111,20 @@ def test_a_killed_run_goes_on_with_the_same_losses(
     assert third.losses == one.losses, "a finished run is not done again"
 
 
+def test_a_head_that_is_the_embedding_is_kept_once(tmp_path: Path) -> None:
+    def tied(seed: int) -> Small:
+        module = small(seed)
+        module.lm_head.weight = module.embed.weight
+        return module
+
+    one = go(whole := tied(0))
+    go(tied(0), folder=tmp_path, save_seconds=0.0)
+    two = go(again := tied(7), folder=tmp_path)
+    assert two.losses == one.losses
+    assert again.lm_head.weight is again.embed.weight
+    assert torch.equal(again.embed.weight, whole.embed.weight)
+
+
 def test_loss_that_is_not_finite(tmp_path: Path) -> None:
     def bad(module: nn.Module, tokens: Tensor, places: NDArray[np.int64]) -> Tensor:
         loss = objective(module, tokens, places)

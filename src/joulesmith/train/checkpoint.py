@@ -135,10 +135,18 @@ def load(path: Path, module: nn.Module, optimizer: Optimizer) -> None:
 def _flat(module: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors under "model." and "optim."; the numbers of the optimizer's groups."""
     weights, states = get_state_dict(module, optimizer, options=_OPTIONS)
-    every: dict[str, Any] = {f"model.{n}": t for n, t in weights.items()}
+    again = _second_names(module)
+    every: dict[str, Any] = {f"model.{n}": t for n, t in weights.items() if n not in again}
     every |= {f"optim.{n}": t for n, t in states.items()}
     tensors = {n: t for n, t in every.items() if isinstance(t, Tensor)}
     return tensors, {n: v for n, v in states.items() if not isinstance(v, Tensor)}
+
+
+def _second_names(module: nn.Module) -> set[str]:
+    """Of parameters that the module has under two, such as a head that is the embedding."""
+    first = {n for n, _ in module.named_parameters()}
+    every = {n for n, _ in module.named_parameters(remove_duplicate=False)}
+    return {n.removeprefix("module.").replace("_orig_mod.", "") for n in every - first}
 
 
 def rank() -> int:
