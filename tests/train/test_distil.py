@@ -133,9 +133,7 @@ class Padded(nn.Module):
         return torch.cat([out, 5 + out[..., : self.more]], -1)
 
 
-def test_logits_of_no_token_are_left_out(
-    pair: tuple[nn.Module, nn.Module], tmp_path: Path
-) -> None:
+def test_logits_of_no_token_are_left_out(pair: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:
     student, teacher = pair
     with torch.no_grad():
         wanted = float(loss(student, teacher))

@@ -105,7 +105,7 @@ def test_impossible_tokens(tmp_path: Path) -> None:
     module = Teacher()
     with torch.no_grad():
         module.head.bias[5:] = -torch.inf
-    ids, values = cache_top(module, WINDOWS, 8, tmp_path).read(np.arange(11))
+    _, values = cache_top(module, WINDOWS, 8, tmp_path).read(np.arange(11))
     assert torch.isneginf(values[..., 5:]).all() and torch.isfinite(values[..., :5]).all()
     with torch.no_grad():
         module.head.bias[5:] = torch.nan
