@@ -11,15 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from joulesmith import models, text
 from joulesmith.compress.quantize.grids import Grid, grid
 from joulesmith.errors import JoulesmithError
 from joulesmith.train import adapters, losses, quantized
 from joulesmith.train.loop import train
-from joulesmith.train.recover import prepared, recover
+from joulesmith.train.recover import from_gguf, prepared, recover, to_gguf
 from joulesmith.train.recover_settings import DistilSettings, RecoverSettings
 from joulesmith.train.settings import TrainSettings
 from joulesmith.train.teacher import cache_top
 from small_modules import language
+from tiny import write_tiny
 
 VOCAB = 50
 WINDOWS = np.random.default_rng(0).integers(0, VOCAB, (16, 10)).astype(np.int32)
@@ -475,6 +477,19 @@ def test_nothing_to_train() -> None:
             pass
 
 
+@pytest.mark.parametrize("given", MODES[:4], ids=IDS[:4])
+def test_recomputed_activations_change_nothing(given: dict[str, Any]) -> None:
+    wanted = DistilSettings(hidden=0.5, attention=0.5, on_policy=0.5)
+    found = []
+    for recompute in (False, True):
+        how = settings(recompute=recompute, steps=4)
+        got = recover(
+            pruned(), WINDOWS, how, RecoverSettings(**given), wanted, teacher=TEACHER, eos=3
+        )
+        found.append(got.trained.losses)
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_adapters_in_bfloat16_products() -> None:
     """Autocast leaves the sum of weights and adapters in float32."""
     module = pruned()
@@ -507,3 +522,53 @@ def test_the_hook_masks_what_the_clip_sees() -> None:
         parts.hook.before = before  # type: ignore[method-assign]
         train(module, WINDOWS, objective, settings(steps=1, clip=1e-3), hook=parts.hook)
     assert norms == [pytest.approx(1e-3, rel=1e-2)]
+
+
+# -- a model that knows some English ------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("given", MODES[:4], ids=IDS[:4])
+def test_better_on_text_never_seen(folder: Path, given: dict[str, Any]) -> None:
+    teacher, student = models.load(folder), models.load(folder)
+    found = text.windows(teacher, text.english(), 48, {"fit": 96, "judge": 24}, 0)
+    rows = torch.from_numpy(found["judge"].tokens.astype(np.int64))
+    quantized_ = given["mode"] == "quantized"
+    with torch.no_grad():
+        for r in student.matrices():
+            w = models.gguf_weight(student, r.name)
+            if r.layer is not None and not quantized_:
+                small = w.abs() < w.abs().flatten().quantile(0.5)
+                models.set_gguf_weight(student, r.name, w.masked_fill(small, 0))
+
+    def far(module: nn.Module) -> float:
+        with torch.no_grad():
+            return float(losses.soft(module(rows).logits, teacher.module(rows).logits))
+
+    how = RecoverSettings(**{**given, **({"types": "INT2-G16"} if quantized_ else {})})
+    begin = far(student.module)
+    if quantized_:
+        rounded = copy.deepcopy(student.module)
+        with prepared(rounded, how):
+            pass
+        begin = far(rounded)
+    got = recover(
+        student.module, found["fit"].tokens, settings(steps=24, rate=2e-3, decay=0.0), how,
+        teacher=teacher.module, vocab=len(teacher.tokenizer),
+    )  # fmt: skip
+    assert far(student.module) < (0.95 if given["mode"] == "norms" else 0.8) * begin
+    named = to_gguf(student, got.packed)
+    for name, (kind, raw) in named.items():
+        ref = student.ref(name)
+        back = torch.as_tensor(grid(kind).unpack(raw, ref.shape[1]))
+        assert torch.equal(back, models.gguf_weight(student, name))
+    again = from_gguf(student, named)
+    assert again.keys() == got.packed.keys()
+    assert all(np.array_equal(raw, got.packed[n][1]) for n, (_, raw) in again.items())
+    assert len(named) == (14 if quantized_ else 0)
+    with pytest.raises(JoulesmithError, match="no name for lm"):
+        to_gguf(student, {"lm": ("INT4-G8", np.empty((1, 1), np.uint8))})

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from joulesmith import atomic
 from joulesmith.errors import JoulesmithError
-from joulesmith.train import losses, teacher
+from joulesmith.train import checkpoint, losses, teacher
 from joulesmith.train.teacher import TopK, cache_top
 
 VOCAB = 23
@@ -303,3 +304,15 @@ def test_shards_are_of_a_bounded_size(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(teacher, "SHARD_BYTES", 300)
     cache = cache_top(Teacher(), WINDOWS, 4, tmp_path)
     assert cache.layout.shard == 300 // (6 * 4 * 4) == 3
+
+
+def test_ranks_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_top(Teacher(), WINDOWS, 4, tmp_path / "one", shard=3)
+    monkeypatch.setattr(checkpoint, "world", lambda: 2)
+    for rank, done in ((0, [0, 2]), (1, [0, 1, 2, 3])):
+        monkeypatch.setattr(checkpoint, "rank", lambda rank=rank: rank)
+        with nullcontext() if rank else pytest.raises(JoulesmithError, match="unfinished"):
+            cache_top(Teacher(), WINDOWS, 4, tmp_path / "two", shard=3)  # nobody to wait for
+        names = [f"top-{i:06d}.bin" for i in done]
+        assert sorted(contents(tmp_path / "two")) == [*names, "top.json"]
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from joulesmith.train.recover_settings import DistilSettings, RecoverSettings
 from joulesmith.train.settings import TrainSettings
 from joulesmith.train.teacher import TopK
 from joulesmith.train.zeros import KeepZeros
+
+if TYPE_CHECKING:
+    from joulesmith.models import Model
 
 Packed = Mapping[str, tuple[str, Bytes]]
 """Linear layer by its name in the module -> grid, and packed rows in torch's order."""
@@ -207,3 +210,26 @@ def _kinds(
         if len(raw) != layers[name].out_features:
             raise JoulesmithError(f"{name}: {len(raw)} packed rows for {layers[name]}")
     return kinds
+
+
+def to_gguf(model: Model, packed: Packed) -> dict[str, tuple[str, Bytes]]:
+    """Linear layers of ``model.module`` by GGUF's names, rows in GGUF's order, as exporters and
+    `compress.quantize` have them. Raises `JoulesmithError` for a layer that GGUF has no name of."""
+    refs = {r.parameter: r for r in model.tensors.values()}
+    found = {}
+    for name, (kind, raw) in packed.items():
+        ref = refs.get(f"{name}.weight")
+        if ref is None:
+            raise JoulesmithError(f"GGUF has no name for {name}: export another format")
+        found[ref.name] = kind, raw if ref.rows is None else raw[ref.rows]
+    return found
+
+
+def from_gguf(model: Model, packed: Packed) -> dict[str, tuple[str, Bytes]]:
+    """The inverse of `to_gguf`. Raises `JoulesmithError` for tensors that the model has not."""
+    found = {}
+    for name, (kind, raw) in packed.items():
+        ref = model.ref(name)
+        order = slice(None) if ref.rows is None else np.argsort(ref.rows)
+        found[ref.parameter.removesuffix(".weight")] = kind, raw[order]
+    return found

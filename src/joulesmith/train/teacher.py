@@ -24,7 +24,7 @@ from joulesmith.atomic import atomic_path, check_space
 from joulesmith.compress.checkpoint import digest
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Tick, silent
-from joulesmith.train import losses
+from joulesmith.train import checkpoint, losses
 from joulesmith.train.outputs import device_of, run
 
 META = "top.json"
@@ -139,7 +139,8 @@ def cache_top(
     progress: Tick = silent,
 ) -> TopK:
     """The ``k`` most likely tokens after each of the windows' tokens but the last, kept in
-    ``folder``; what is there of the same teacher, windows and numbers is not made again.
+    ``folder``; what is there of the same teacher, windows and numbers is not made again. Ranks
+    share the shards.
 
     teacher: put into eval mode. windows: int32 (n, length). vocab: logits beyond are of no token;
     default all. shard: windows in a file. Raises `JoulesmithError` for a folder of another cache, k
@@ -161,8 +162,11 @@ def cache_top(
     shard = shard or max(1, min(n, SHARD_BYTES // each))
     told = digest(teacher, windows, positions, k, vocab, shard)
     layout = Layout(told, n, positions, k, vocab, shard)
-    _claim(folder, layout)
-    todo = [i for i in range(layout.shards) if not _whole(folder, layout, i)]
+    if checkpoint.rank() == 0:
+        _claim(folder, layout)
+    checkpoint.wait()
+    own = range(checkpoint.rank(), layout.shards, checkpoint.world())
+    todo = [i for i in own if not _whole(folder, layout, i)]
     check_space(folder, sum(layout.size(i) for i in todo))
     all_windows, done = sum(layout.count(i) for i in todo), 0
     for i in todo:
@@ -182,6 +186,7 @@ def cache_top(
         body = crcs.tobytes() + ids.tobytes() + values.tobytes()
         with atomic_path(_path(folder, i), needed=layout.size(i)) as temporary:
             temporary.write_bytes(layout.header(i, zlib.crc32(body)) + body)
+    checkpoint.wait()
     return TopK(folder)
 
 
