@@ -141,6 +141,50 @@ def test_soft_top_where_the_student_is_sure() -> None:
     assert s.grad is not None and float(s.grad[0, 0]) == pytest.approx(1 - p[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("far", [40.0, 200.0, 1000.0])
+def test_gradients_of_a_student_that_is_sure(far: float) -> None:
+    s = torch.tensor([[far, 0, 1, 0]], requires_grad=True)
+    t = torch.tensor([[1.0, 0, 0, 0]])
+    p = shares(t[0].numpy(), 1)
+    for f in (
+        lambda: losses.soft(s, t),
+        lambda: losses.soft_top(s, *losses.top_of(t, 1)),
+    ):
+        (found,) = torch.autograd.grad(f(), s)
+        assert float(found[0, 0]) == pytest.approx(1 - p[0], rel=1e-4)
+        assert float(found.sum()) == pytest.approx(0, abs=1e-4)  # float32 steps at 1000
+    (found,) = torch.autograd.grad(losses.reverse(s, t), s)
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("piece", [1, VOCAB, 3 * VOCAB])
+def test_some_rows_at_a_time(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    s, t = logits(0).float().requires_grad_(True), logits(1).float()
+    ids, values = losses.top_of(t, 3)
+    for f in (
+        lambda: losses.soft(s, t, 2.0),
+        lambda: losses.reverse(s, t, 2.0),
+        lambda: losses.soft_top(s, ids, values, 2.0),
+    ):
+        found = []
+        for size in (1 << 22, piece):
+            monkeypatch.setattr(losses, "PIECE", size)
+            value = 0.5 * f()
+            found.append((value.detach(), *torch.autograd.grad(value, s)))
+        torch.testing.assert_close(found[0], found[1])
+
+
+def test_logits_in_bfloat16_have_gradients_in_it() -> None:
+    s, t = logits(0).bfloat16().requires_grad_(True), logits(1).bfloat16()
+    value = losses.soft(s, t)
+    assert value.dtype == torch.float32
+    value.backward()
+    wide = s.detach().double().requires_grad_(True)
+    losses.soft(wide, t.double()).backward()
+    assert s.grad is not None and wide.grad is not None and s.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(s.grad.double(), wide.grad, rtol=1e-2, atol=1e-4)
+
+
 def test_soft_top_at_a_temperature_takes_the_tail_for_flat() -> None:
     s = logits(0)
     t = logits(1)

@@ -8,12 +8,18 @@ that the first of two distributions gives a probability of 0 (a logit of -inf) c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from joulesmith.errors import JoulesmithError
+
+PIECE = 1 << 22
+"""Logits handled at a time."""
 
 
 def hard(logits: Tensor, labels: Tensor) -> Tensor:
@@ -23,21 +29,32 @@ def hard(logits: Tensor, labels: Tensor) -> Tensor:
 
 def soft(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) at a temperature, times its square so that gradients keep their size
-    (Hinton, Vinyals and Dean 2015, "Distilling the knowledge in a neural network", section 2)."""
-    _check(temperature)
-    s = (_wide(student) / temperature).log_softmax(-1)
-    t = (_wide(teacher) / temperature).log_softmax(-1)
-    return temperature**2 * _kl(t, s)
+    (Hinton, Vinyals and Dean 2015, "Distilling the knowledge in a neural network", section 2).
+    None of these divergences has a gradient by the teacher."""
+    t = _check(temperature)
+
+    def rows(s: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        log_q, log_p = (s / t).log_softmax(-1), (_wide(logits) / t).log_softmax(-1)
+        p = log_p.exp()
+        return t**2 * _kl(p, log_p, log_q), t * (log_q.exp() - p)
+
+    return _mean(rows, student, teacher)
 
 
 def reverse(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(student || teacher), otherwise as `soft`: what the teacher finds unlikely is unlearnt, and
     not all that it finds likely is asked for (Agarwal et al. 2024, "On-policy distillation of
     language models", section 3; Gu et al. 2024, "MiniLLM", equation 1)."""
-    _check(temperature)
-    s = (_wide(student) / temperature).log_softmax(-1)
-    t = (_wide(teacher) / temperature).log_softmax(-1)
-    return temperature**2 * _kl(s, t)
+    t = _check(temperature)
+
+    def rows(s: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        log_q, log_p = (s / t).log_softmax(-1), (_wide(logits) / t).log_softmax(-1)
+        q = log_q.exp()
+        each = (log_q - log_p).masked_fill(q == 0, 0)
+        found = (q * each).sum(-1)
+        return t**2 * found, t * q * (each - found[:, None])
+
+    return _mean(rows, student, teacher)
 
 
 def top_of(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -62,18 +79,27 @@ def soft_top(
     temperature: of both; of the teacher's tail only the sum at temperature 1 is known, so that its
     shape is taken for flat over ``vocab`` - k tokens (default: the student's).
     """
-    _check(temperature)
-    s = (_wide(student) / temperature).log_softmax(-1)
+    t = _check(temperature)
     n = (vocab or student.shape[-1]) - ids.shape[-1]
-    t = values.to(s.dtype)
-    known = s.gather(-1, ids.long())
-    if n <= 0:
-        return temperature**2 * _kl((t / temperature).log_softmax(-1), known)
-    tail = torch.log1p(-t.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
-    level = math.log(n)
-    t = torch.cat([t / temperature, (tail - level) / temperature + level], -1).log_softmax(-1)
-    rest = s.scatter(-1, ids.long(), -torch.inf).logsumexp(-1, keepdim=True)
-    return temperature**2 * _kl(t, torch.cat([known, rest], -1))
+
+    def rows(s: Tensor, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        log_q, log_p, at = (s / t).log_softmax(-1), values.to(s.dtype), ids.long()
+        known = log_q.gather(-1, at)
+        q = log_q.exp()
+        if n <= 0:
+            log_p = (log_p / t).log_softmax(-1)
+            return t**2 * _kl(log_p.exp(), log_p, known), t * q.scatter_add(-1, at, -log_p.exp())
+        tail = torch.log1p(-log_p.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
+        level = math.log(n)
+        log_p = torch.cat([log_p / t, (tail - level) / t + level], -1).log_softmax(-1)
+        p = log_p.exp()
+        # not 1 less the known: that says nothing of a student that is sure
+        rest = log_q.scatter_(-1, at, -torch.inf).logsumexp(-1, keepdim=True)
+        loss = _kl(p, log_p, torch.cat([known, rest], -1))
+        other = q - (log_q - rest + log_p[:, -1:]).exp()
+        return t**2 * loss, t * other.scatter(-1, at, known.exp() - p[:, :-1])
+
+    return _mean(rows, student, ids, values)
 
 
 def hidden(student: Tensor, teacher: Tensor) -> Tensor:
@@ -105,11 +131,48 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """Of log-probabilities (..., outcomes), mean over rows."""
-    return (p.exp() * (p - q).masked_fill(p == -torch.inf, 0)).sum(-1).mean()
+def _kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(rows, outcomes) each -> (rows,)."""
+    return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(-1)
 
 
-def _check(temperature: float) -> None:
+_Rows = Callable[..., tuple[Tensor, Tensor]]
+"""Rows of the student's logits and of what else there is -> losses (rows,), and by the logits."""
+
+
+def _mean(rows: _Rows, student: Tensor, *others: Tensor) -> Tensor:
+    out: Tensor = _ByRows.apply(rows, student, *others)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _ByRows(torch.autograd.Function):
+    """Mean loss of rows, its gradient made at once and some rows at a time: what stands between
+    logits and loss would else be several times the logits, which are large as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: _Rows, student: Tensor, *others: Tensor) -> Tensor:
+        flat = [x.reshape(-1, x.shape[-1]) for x in (student, *others)]
+        n = len(flat[0])
+        gradient = torch.empty_like(flat[0]) if ctx.needs_input_grad[1] else None
+        total = _wide(flat[0]).new_zeros(())
+        many = max(1, PIECE // flat[0].shape[-1])
+        for start in range(0, n, many):
+            part = [x[start : start + many] for x in flat]
+            found, by = rows(_wide(part[0]), *part[1:])
+            total += found.sum()
+            if gradient is not None:
+                gradient[start : start + many] = by / n
+        ctx.gradient, ctx.shape = gradient, student.shape
+        return total / n
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        by = (ctx.gradient * upstream[0].to(ctx.gradient.dtype)).view(ctx.shape)
+        return None, by, *[None] * (len(ctx.needs_input_grad) - 2)
+
+
+def _check(temperature: float) -> float:
     if not 0 < temperature < float("inf"):
         raise JoulesmithError(f"a temperature of {temperature:g}: give one above 0")
+    return temperature
