@@ -259,6 +259,13 @@ def test_on_policy_loss(pair: tuple[nn.Module, nn.Module], divergence: str) -> N
     assert float(found.detach()) == pytest.approx(2 * total / n, rel=1e-4)
 
 
+def test_a_student_with_more_logits_samples_what_the_teacher_reads(
+    pair: tuple[nn.Module, nn.Module],
+) -> None:
+    found = loss(Padded(pair[0], 20), pair[1], on_policy=1.0)
+    assert bool(torch.isfinite(found))
+
+
 def test_share_of_on_policy(
     pair: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,9 @@ Which losses and how much of each is told by `DistilSettings`; the losses themse
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -85,20 +88,11 @@ class Distil:
             if s.soft and not cached:
                 total = total + s.soft * self._divergence(mine.logits, other.logits, s.divergence)
             if s.hidden:
-                pairs = self._pairs(len(mine.hidden) - 1, len(other.hidden) - 1)
-                total = (
-                    total
-                    + s.hidden
-                    * torch.stack(
-                        [losses.hidden(mine.hidden[i], other.hidden[j]) for i, j in pairs]
-                    ).mean()
-                )
+                found = self._matched(losses.hidden, mine.hidden[1:], other.hidden[1:])
+                total = total + s.hidden * found
             if s.attention:
-                pairs = self._pairs(len(mine.attention), len(other.attention))
-                total = total + s.attention * torch.stack(
-                    [losses.attention(mine.attention[i - 1], other.attention[j - 1])
-                     for i, j in pairs]
-                ).mean()  # fmt: skip
+                found = self._matched(losses.attention, mine.attention, other.attention)
+                total = total + s.attention * found
         return total
 
     def _taught(self, tokens: Tensor, *, hidden: bool = False, attention: bool = False) -> Outputs:
@@ -132,19 +126,26 @@ class Distil:
         ids, values = (x.to(mine.device) for x in self.cache.read(places))
         return losses.soft_top(mine[..., :vocab], ids, values, t, vocab)
 
-    def _pairs(self, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
+    def _matched(
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        mine: tuple[Tensor, ...],
+        other: tuple[Tensor, ...],
+    ) -> Tensor:
+        """Mean over the pairs of what layers give."""
+        student, teacher = len(mine), len(other)
         pairs = self.settings.layers
         if pairs is None:
-            return even_spread(student, teacher)
+            pairs = even_spread(student, teacher)
+        if not pairs:
+            raise JoulesmithError("no layers to match: give pairs, or none for an even spread")
         for i, j in pairs:
             if not (1 <= i <= student and 1 <= j <= teacher):
                 raise JoulesmithError(
                     f"layers {i} and {j} cannot be matched: the student has 1 to {student}, the "
                     f"teacher 1 to {teacher}"
                 )
-        if not pairs:
-            raise JoulesmithError("no layers to match: give pairs, or none for an even spread")
-        return pairs
+        return torch.stack([loss(mine[i - 1], other[j - 1]) for i, j in pairs]).mean()
 
     def _drawn(self, device: torch.device) -> bool:
         """Whether this pass is on sampled text; the same on all ranks, who pass together."""
@@ -162,9 +163,9 @@ class Distil:
             raise JoulesmithError(
                 f"a prompt of {start} tokens leaves nothing of windows of {length}: give a shorter"
             )
-        rows, counted = continuations(
-            module, tokens[:, :start], count, eos=self.eos, vocab=self.vocab
-        )
+        config: Any = getattr(self.teacher, "config", None)
+        known = self.vocab or getattr(config, "vocab_size", None)  # what the teacher can read
+        rows, counted = continuations(module, tokens[:, :start], count, eos=self.eos, vocab=known)
         mine = run(module, rows[:, :-1]).logits[:, start - 1 :][counted]
         other = self._taught(rows[:, :-1]).logits[:, start - 1 :][counted]
         return self._divergence(mine, other, s.on_policy_divergence)
