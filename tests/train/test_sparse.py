@@ -158,7 +158,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(
             )
         assert [p.name for p in folder.iterdir()] == [f"step-{stop:09d}"]
         again = small(7)  # weights come from the checkpoint
-        two, hook = go(again, method, optimizer=optimizer, folder=folder, save_seconds=0.0)
+        two, hook = go(again, method, optimizer=optimizer, folder=folder)
         assert two.losses == one.losses and two.optimizer_bytes == one.optimizer_bytes
         for a, b in zip(whole.parameters(), again.parameters(), strict=True):
             assert torch.equal(a, b)

@@ -19,7 +19,7 @@ from joulesmith.errors import JoulesmithError
 from joulesmith.train import masks
 from joulesmith.train.live import Live
 from joulesmith.train.settings import TrainSettings
-from joulesmith.train.sparse_settings import GRADUAL, SparseSettings
+from joulesmith.train.sparse_settings import EXCHANGE, GRADUAL, SparseSettings
 
 OPTIMIZERS = ("sgd", "momentum", "adamw")
 """Those that treat each weight by itself."""
@@ -122,8 +122,8 @@ class SparseTraining:
             return {n: int(x.matrix.count_nonzero()) or 1 for n, x in self.layers.items()}
         shapes = {n: x.shape for n, x in self.layers.items()}
         share = self.pattern.sparsity or s.sparsity or 0.0
-        exchanges = s.method not in (*GRADUAL, "static") and not self.pattern.of
-        by = s.allocation or ("erk" if exchanges else "uniform")
+        spread = s.method in EXCHANGE and not self.pattern.of
+        by = s.allocation or ("erk" if spread else "uniform")
         return masks.erk(shapes, share) if by == "erk" else masks.uniform(shapes, share)
 
     def _first(self, name: str, layer: Linear) -> Tensor:
