@@ -96,6 +96,7 @@ def test_rounded_inputs_are_judged_and_written(
         (("--map", "absent/map.html"), "no such folder"),
         (("--map", "/"), "give the name of an HTML file"),
         (("--type", ""), "unknown tensor type ''"),
+        (("--type", "X-ROW"), "unknown tensor type 'X-ROW'"),
         (("--eval", "/dev/null"), "--eval /dev/null"),
     ],
 )

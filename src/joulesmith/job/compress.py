@@ -17,8 +17,7 @@ from pydantic import ValidationError
 from joulesmith.compress.prune.prices import Prices
 from joulesmith.compress.prune.step import Prune
 from joulesmith.compress.prune.structured import Shrink
-from joulesmith.compress.quantize.choice import ROW
-from joulesmith.compress.quantize.grids import grid
+from joulesmith.compress.quantize.choice import check_type
 from joulesmith.compress.quantize.input_types import SCHEMES
 from joulesmith.compress.recipe import Recipe, first_error
 from joulesmith.errors import JoulesmithError
@@ -75,8 +74,8 @@ def compress(
             f"--type {kind} rounds with error feedback, which fills the zeros of --prune: leave "
             "one of them out"
         )
-    if kind is not None and kind not in SCHEMES and not kind.endswith(ROW):
-        grid(kind)  # told before any work
+    if kind is not None and kind not in SCHEMES:
+        check_type(kind)  # told before any work
     if form is None:
         form = _form(out, prune, kind)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from joulesmith.compress.quantize.activations import InputQuantizer, Scheme, quantized_inputs
+from joulesmith.compress.quantize.choice import check_type
 from joulesmith.compress.quantize.input_types import (
     SCHEMES,
     bounded_inputs,
@@ -135,7 +136,6 @@ def quantize(
     interrupted goes on there. Raises `JoulesmithError` for types that the format cannot hold,
     an ``out`` that exists, or text that is missing.
     """
-    from joulesmith.compress.quantize.grids import grid
     from joulesmith.compress.quantize.kv_cache import DEFAULTS
 
     forms.ready(form)
@@ -154,7 +154,7 @@ def quantize(
     kind = recipes.DEFAULT.get(form, "INT4-G64") if kind is None else kind
     for name in (kind, embedding):
         if name is not None and name not in SCHEMES:
-            grid(name)  # told before the model is loaded
+            check_type(name)  # told before the model is loaded
     number = 0 if seed is None else seed
 
     def recipe_for(loaded: Model) -> Recipe:

@@ -16,7 +16,7 @@ from joulesmith.compress.lowrank.absorb_step import Absorb
 from joulesmith.compress.lowrank.step import LowRank
 from joulesmith.compress.prune.step import Prune
 from joulesmith.compress.prune.structured import Shrink
-from joulesmith.compress.quantize.choice import HEAD, choose
+from joulesmith.compress.quantize.choice import HEAD, ROW, choose
 from joulesmith.compress.quantize.fold_steps import Awq, Rotate
 from joulesmith.compress.quantize.grids import grid
 from joulesmith.compress.quantize.input_step import RoundInputs
@@ -63,6 +63,10 @@ def recipe_of(
     """
     from joulesmith.compress.quantize.kv_cache import DEFAULTS
 
+    if form == forms.GGUF and kind.endswith(ROW):
+        raise JoulesmithError(
+            f"--type {kind}: a GGUF has no scale for a whole row: give a type such as Q8_0"
+        )
     steps: list[Step] = []
     if rotate:
         steps.append(Rotate(seed=seed))

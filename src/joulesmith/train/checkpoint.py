@@ -46,9 +46,14 @@ def latest(folder: Path) -> Path | None:
 
 
 def save(
-    folder: Path, step: int, module: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    module: nn.Module,
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    extra: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write ``folder``/step-N and remove older ones. state: JSON.
+    """Write ``folder``/step-N and remove older ones. state: JSON. extra: more tensors, by name.
 
     All ranks call it. Raises `JoulesmithError` where the disk is full or cannot be written to: the
     checkpoint before is then as it was.
@@ -57,6 +62,7 @@ def save(
     part = folder / f"{final.name}.part"
     first = rank() == 0
     tensors, rest = _flat(module, optimizer)
+    tensors |= _named(extra)
     try:
         if first:
             shutil.rmtree(part, ignore_errors=True)
@@ -101,22 +107,18 @@ def read_state(path: Path) -> dict[str, Any]:
     return found
 
 
-def load(path: Path, module: nn.Module, optimizer: Optimizer) -> None:
-    """Weights and optimizer state in place. Raises `JoulesmithError` where they do not fit."""
+def load(
+    path: Path,
+    module: nn.Module,
+    optimizer: Optimizer,
+    extra: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Tensors of ``extra`` in place; then weights and optimizer state, of the shapes that the
+    optimizer gives its states by then. Raises `JoulesmithError` where they do not fit."""
+    if extra:
+        _read(path, _named(extra))
     tensors, rest = _flat(module, optimizer)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp_load(
-                dict(tensors),
-                storage_reader=HuggingFaceStorageReader(path=str(path)),
-                no_dist=not _distributed(),
-            )
-    except (Exception, CheckpointException) as e:
-        raise JoulesmithError(
-            f"the checkpoint {path} is of another model or damaged: {_why(e)}: remove it to start "
-            "anew"
-        ) from e
+    _read(path, tensors)
     weights: dict[str, Any] = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
     optimizer_state: dict[str, Any] = {
         k[6:]: v for k, v in tensors.items() if k.startswith("optim.")
@@ -130,6 +132,28 @@ def load(path: Path, module: nn.Module, optimizer: Optimizer) -> None:
             flatten_optimizer_state_dict=True, ignore_frozen_params=True, strict=False
         ),
     )
+
+
+def _read(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """In place."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp_load(
+                dict(tensors),
+                storage_reader=HuggingFaceStorageReader(path=str(path)),
+                no_dist=not _distributed(),
+            )
+    except (Exception, CheckpointException) as e:
+        raise JoulesmithError(
+            f"the checkpoint {path} is of another model or damaged: {_why(e)}: remove it to start "
+            "anew"
+        ) from e
+
+
+def _named(extra: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Tensors under "extra."."""
+    return {f"extra.{n}": t for n, t in (extra or {}).items()}
 
 
 def _flat(module: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

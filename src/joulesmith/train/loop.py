@@ -43,14 +43,25 @@ class Objective(Protocol):
 class Hook(Protocol):
     """What changes weights between steps, such as sparse training."""
 
+    @property
+    def identity(self) -> Any:
+        """What tells it from another, JSON."""
+
+    def wrap(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The optimizer of the training, once, before all else: the one given or another."""
+
     def before(self, step: int) -> None:
-        """Called before the step's optimizer moves weights, when gradients are there."""
+        """Called when the step's gradients are whole, before they are clipped."""
 
     def after(self, step: int) -> None:
         """Called when they have moved."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it, JSON."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What else it keeps, in shapes that never change: a checkpoint is loaded into them, before
+        weights and optimizer states are, whose shapes may follow from them."""
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from there."""
@@ -115,6 +126,9 @@ def train(
         raise JoulesmithError("no windows to train on: give more text")
     chosen = {n: p for n, p in module.named_parameters() if p.requires_grad}
     optimizer = optimizers.build(chosen, settings)
+    if hook is not None:
+        optimizer = hook.wrap(optimizer)
+        identity = [identity, hook.identity]
     print_of = _identity(module, windows, settings, identity)
     state = _State()
     with ExitStack() as stack:
@@ -220,11 +234,11 @@ class _Run:
             value = float(_mean(total))
             if not math.isfinite(value):
                 raise self._broken(f"the loss became {value} at step {step}")
+            if self.hook is not None:
+                self.hook.before(step)
             norm = nn.utils.clip_grad_norm_(self.parameters, s.clip or math.inf)
             if not math.isfinite(float(norm)):
                 raise self._broken(f"the gradient became {float(norm)} at step {step}")
-            if self.hook is not None:
-                self.hook.before(step)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             if self.hook is not None:
@@ -260,7 +274,8 @@ class _Run:
             "loop": self.loop.state_dict(),
             "hook": None if self.hook is None else self.hook.state(),
         }
-        checkpoint.save(self.folder, self.state.step, self.module, self.optimizer, state)
+        extra = {} if self.hook is None else self.hook.tensors()
+        checkpoint.save(self.folder, self.state.step, self.module, self.optimizer, state, extra)
         self.saved_at, self.saved_step = time.monotonic(), self.state.step
 
     def _resume(self) -> None:
@@ -272,7 +287,8 @@ class _Run:
             raise JoulesmithError(
                 f"{self.folder} holds checkpoints of another training: give another folder"
             )
-        checkpoint.load(path, self.module, self.optimizer)
+        extra = {} if self.hook is None else self.hook.tensors()
+        checkpoint.load(path, self.module, self.optimizer, extra)
         self.state.step = self.saved_step = kept["step"]
         self.state.curve[:] = [(j, x) for j, x in kept["curve"]]
         self.state.losses[:] = kept["losses"]

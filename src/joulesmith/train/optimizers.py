@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from joulesmith.errors import JoulesmithError
@@ -18,10 +18,12 @@ in every weight."""
 
 
 class Several(Optimizer):
-    """Optimizers that step together; their groups and states are those of all."""
+    """Optimizers that step together; their groups and states are those of all. beside: tensors
+    of parameters that are kept beside the states."""
 
     def __init__(self, parts: Iterable[Optimizer]) -> None:
         self.parts = list(parts)
+        self.beside: dict[nn.Parameter, Tensor] = {}
         super().__init__([g for o in self.parts for g in o.param_groups], {})
         self.share_groups()
 
@@ -112,4 +114,6 @@ def state_bytes(optimizer: Optimizer) -> int:
 
     for state in optimizer.state.values():
         look(state)
+    if isinstance(optimizer, Several):
+        look(optimizer.beside)
     return sum(found.values())

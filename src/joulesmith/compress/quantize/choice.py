@@ -84,6 +84,14 @@ def choose(
     return Choice(chosen, tuple(notes))
 
 
+def check_type(kind: str) -> None:
+    """Raises `JoulesmithError` for a type that there is not."""
+    try:
+        grid(f"{kind.removesuffix(ROW)}-G64" if kind.endswith(ROW) else kind)
+    except JoulesmithError as e:
+        raise JoulesmithError(str(e).replace(kind.replace(ROW, "-G64"), kind, 1)) from e
+
+
 def fitting(kind: str, ref: TensorRef, fall_back: bool = True) -> str:
     """``kind``, or what stands in for it where its blocks do not cut the rows of ``ref``."""
     columns = ref.shape[1]
