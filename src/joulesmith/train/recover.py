@@ -109,7 +109,6 @@ def prepared(
     flags = {n: p.requires_grad for n, p in module.named_parameters()}
     layers: dict[str, nn.Linear] = {}
     kinds: dict[str, str] = {}
-    hook = KeepZeros(())
     try:
         module.requires_grad_(False)
         if how.mode == "lora":
@@ -128,9 +127,9 @@ def prepared(
         for p in chosen.values():
             p.requires_grad_(True)
         _check(chosen)
-        if how.keep_zeros and how.mode != "lora":  # adapters see to it, and begin with zeros
-            hook = KeepZeros(chosen.values())
-        parts = Prepared(hook)
+        # adapters see to it themselves, and begin with zeros
+        keeps = how.keep_zeros and how.mode != "lora"
+        parts = Prepared(KeepZeros(chosen.values() if keeps else ()))
         yield parts
         for name, layer in layers.items():
             if isinstance(layer, adapters.LoraLinear):
@@ -138,7 +137,6 @@ def prepared(
             elif isinstance(layer, quantized.QuantizedLinear):
                 parts.packed[name] = kinds[name], quantized.settle(layer)
     finally:
-        hook.remove()
         for layer in layers.values():
             if isinstance(layer, adapters.LoraLinear):
                 adapters.take_off(layer)
