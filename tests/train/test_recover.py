@@ -267,6 +267,27 @@ def test_what_was_trained_is_what_is_packed(kind: str, seed: int) -> None:
     assert torch.equal(layer(x), y)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["Q8_0", "Q4_0", "Q5_0", "TQ1_0", "TQ2_0", "NVFP4", "FP8-E4M3-G32", "FP6-E2M3-G32", "NF4-G64"],
+)
+def test_other_grids_that_train(kind: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(256, 8)
+    with torch.no_grad():
+        layer.weight[torch.rand(8, 256) < 0.3] = 0
+        layer.weight[3] = 0
+    made = quantized.quantize(layer, kind)
+    with torch.no_grad():
+        made.weight.add_(0.02 * torch.randn_like(made.weight))
+        made.log_step.add_(0.5 * torch.randn_like(made.log_step))
+        made.log_step[0] = -40
+    wanted = made.rounded().detach().clone()
+    raw = quantized.settle(made)
+    assert torch.equal(layer.weight, wanted)
+    assert np.array_equal(grid(kind).unpack(raw, 256), wanted.numpy())
+
+
 @pytest.mark.parametrize("kind", ["INT4-G8", "INT3-G4", "INT3-G8-ZP"])
 def test_gradients_are_those_of_learned_step_size(kind: str) -> None:
     """Esser et al. 2020, equations 3 and 5, and section 2.2's scale, written out by element; with
@@ -455,6 +476,15 @@ def test_modules_that_share_a_matrix() -> None:
     module["b"].weight = module["a"].weight
     with prepared(module, RecoverSettings(mode="lora", rank=2)):
         assert [n for n, m in module.items() if isinstance(m, adapters.LoraLinear)] == ["c"]
+
+
+@pytest.mark.parametrize("mode", ["full", "norms"])
+def test_gpt2_whose_layers_are_no_linear_ones(mode: str) -> None:
+    found = recover(
+        language("gpt2", 1), WINDOWS, settings(steps=20), RecoverSettings(mode=mode),  # type: ignore[arg-type]
+        teacher=language("gpt2", 0),
+    )  # fmt: skip
+    assert np.mean(found.trained.losses[-4:]) < np.mean(found.trained.losses[:4])
 
 
 def test_nothing_to_train() -> None:

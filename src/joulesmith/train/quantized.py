@@ -83,8 +83,8 @@ def quantize(
     """Turn ``layer`` into a `QuantizedLinear`, in place.
 
     kind: an integer grid ("INT4-G32", "INT3-G64-ZP"), or another whose groups own their scale and
-    have no offset ("Q4_0", "NF4-G64"). packed: the weight in that grid, torch's rows, whose scales
-    are the first; None to fit them.
+    have no offset ("Q4_0", "TQ2_0", "NVFP4", "NF4-G64"). packed: the weight in that grid, torch's
+    rows, whose scales are the first; None to fit them.
 
     Raises `JoulesmithError` for other grids, rows that do not cut into its groups, weights that
     are not finite, and zeros to be kept on a grid that has none.
