@@ -69,9 +69,9 @@ class Hook(Protocol):
 
 @dataclass(frozen=True)
 class Trained:
-    """steps: done in all. stopped: why, in words. losses: of each step of this process, nats a
-    token. curve: (joules or None, held-out loss) at each evaluation. joules and the interval of all
-    steps, those before a resume included; None unknown. optimizer_bytes: its state, on this
+    """steps: done in all. stopped: why, in words. losses: of each step, those before a resume too,
+    nats a token. curve: (joules or None, held-out loss) at each evaluation. joules and the interval
+    of all steps, those before a resume included; None unknown. optimizer_bytes: its state, on this
     rank."""
 
     steps: int
@@ -124,6 +124,10 @@ def train(
     """
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
         raise JoulesmithError("no windows to train on: give more text")
+    if settings.batch % checkpoint.world():  # the mean over ranks is then that over windows
+        raise JoulesmithError(
+            f"a batch of {settings.batch} windows on {checkpoint.world()} ranks: give a multiple"
+        )
     chosen = {n: p for n, p in module.named_parameters() if p.requires_grad}
     optimizer = optimizers.build(chosen, settings)
     if hook is not None:
@@ -170,6 +174,7 @@ class _Run:
         self.hook, self.loop, self.state, self.tell = hook, loop, state, tell
         self.save_seconds, self.progress = save_seconds, progress
         self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
         self.saved_at, self.saved_step = time.monotonic(), -1
 
     def go(self) -> str:
@@ -211,7 +216,7 @@ class _Run:
             known = [(j, x) for j, x in self.state.curve if j is not None]
             if budget.enough(known, s.joules_per_percent):
                 stop = f"the next percent of quality costs more than {s.joules_per_percent:g} J"
-        other = _any(bool(stop))  # all ranks stop together
+        other = _any(bool(stop), self.device)  # all ranks stop together
         return stop or ("another rank stopped" if other else "")
 
     def _step(self, step: int) -> None:
@@ -221,11 +226,11 @@ class _Run:
         torch.manual_seed(s.seed * 1_000_003 + step * checkpoint.world() + checkpoint.rank())
         optimizers.set_rate(self.optimizer, schedule.rate(s, (step + 0.5) / s.steps))
         with self.loop.step(tokens=len(at) * (self.windows.shape[1] - 1), samples=len(at)) as told:
-            total = torch.zeros(())
+            total = torch.zeros((), device=self.device)
             for i in range(0, len(mine), s.micro):
                 places = mine[i : i + s.micro]
-                tokens = torch.from_numpy(self.windows[places].astype(np.int64))
-                with _precision(s):
+                tokens = torch.from_numpy(self.windows[places].astype(np.int64)).to(self.device)
+                with _precision(s, self.device):
                     loss = self.objective(self.module, tokens, places)
                 share = len(places) / len(mine)
                 (loss * share).backward()  # type: ignore[no-untyped-call]
@@ -338,11 +343,10 @@ def _training(module: nn.Module, settings: TrainSettings) -> Iterator[None]:
         module.train(training)
 
 
-def _precision(settings: TrainSettings) -> Any:
+def _precision(settings: TrainSettings, device: torch.device) -> Any:
     if settings.precision == "float32":
         return nullcontext()
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(kind, dtype=torch.bfloat16)
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -354,10 +358,10 @@ def _mean(x: Tensor) -> Tensor:
     return x / checkpoint.world()
 
 
-def _any(x: bool) -> bool:
+def _any(x: bool, device: torch.device) -> bool:
     """Whether it is so on some rank."""
     if checkpoint.world() == 1:
         return x
-    t = torch.tensor(float(x))
+    t = torch.tensor(float(x), device=device)
     torch.distributed.all_reduce(t)
     return bool(t > 0)

@@ -24,7 +24,7 @@ from joulesmith.errors import JoulesmithError
 
 DAMPING = 0.01
 STEPS = 18
-"""Of the alternation at most. With a penalty that grows 2, 1.65 or 1.3 times every sixth step, since
+"""Of the alternation at most. With a penalty that grows 2, 1.65 or 1.3 times every sixth step, as
 each time costs a factorization. Twelve steps lose half a point more of MiniLM's score at half its
 weights; 60 steps at the paper's 1.3, 1.2 and 1.1 every third gain nothing."""
 REFIT = 6
