@@ -71,9 +71,9 @@ def parameters(model: Model, width: int) -> int:
 
 
 def widest(model: Model, most: int) -> int:
-    """The largest multiple of 8 (as in their code) of no more parameters than ``most``."""
-    fits = [w for w in range(8, model.module.config.hidden_size, 8) if parameters(model, w) <= most]
-    return max(fits)
+    """The largest of no more parameters than ``most``. Theirs are multiples of 8: this is kinder."""
+    widths = range(1, model.module.config.hidden_size)
+    return max(w for w in widths if parameters(model, w) <= most)
 
 
 def directions(parts: list[Tensor]) -> Tensor:
