@@ -71,7 +71,7 @@ def parameters(model: Model, width: int) -> int:
 
 
 def widest(model: Model, most: int) -> int:
-    """The largest of no more parameters than ``most``. Theirs are multiples of 8: this is kinder."""
+    """The largest of no more parameters than ``most``; theirs are multiples of 8."""
     widths = range(1, model.module.config.hidden_size)
     return max(w for w in widths if parameters(model, w) <= most)
 
