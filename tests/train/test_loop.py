@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from joulesmith.energy.reading import Reading
 from joulesmith.errors import JoulesmithError
 from joulesmith.train import checkpoint, losses
 from joulesmith.train.loop import Trained, train
@@ -126,17 +127,49 @@ def test_a_head_that_is_the_embedding_is_kept_once(tmp_path: Path) -> None:
 
 
 def test_loss_that_is_not_finite(tmp_path: Path) -> None:
-    def bad(module: nn.Module, tokens: Tensor, places: NDArray[np.int64]) -> Tensor:
-        loss = objective(module, tokens, places)
-        return loss * math.nan if len(seen) > 5 else loss
+    steps = 0
 
-    seen: list[float] = []
+    def bad(module: nn.Module, tokens: Tensor, places: NDArray[np.int64]) -> Tensor:
+        nonlocal steps
+        steps += 1
+        return objective(module, tokens, places) * (math.nan if steps > 5 else 1)
+
+    settings = TrainSettings(steps=9, micro=8)
     with pytest.raises(JoulesmithError, match=r"the loss became nan at step 5.*step-000000005 is"):
-        train(
-            small(), WINDOWS, bad, TrainSettings(steps=9, micro=8), folder=tmp_path,
-            save_seconds=0, progress=lambda x: seen.append(x) or (len(seen) == 5 and seen.append(x)),  # type: ignore[func-returns-value]
-        )  # fmt: skip
+        train(small(), WINDOWS, bad, settings, folder=tmp_path, save_seconds=0)
     assert checkpoint.latest(tmp_path) == tmp_path / "step-000000005"
+
+
+class Window:
+    name = "train"
+    reading = Reading(10.0, 1.0, low=9.0, high=11.0, pedigree="measured")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+class Meter:
+    """Ten joules a window; evaluations end one."""
+
+    def window(self, name: str) -> Window:
+        return Window()
+
+
+def test_a_budget_ends_it() -> None:
+    found = go(steps=50, meter=Meter(), judge=judge, every=1, budget_joules=65.0)
+    assert found.stopped == "the budget of 65 J is spent"
+    assert 0 < found.steps < 50
+    assert found.joules is not None and found.pedigree == "measured"
+    assert go(steps=4, meter=Meter(), judge=judge, every=1, budget_joules=1e6).steps == 4
+
+
+def test_the_next_percent_is_too_dear() -> None:
+    found = go(steps=50, meter=Meter(), judge=judge, every=1, rate=1e-9, joules_per_percent=1.0)
+    assert "next percent of quality costs more than 1 J" in found.stopped
+    assert found.steps < 50
 
 
 def test_gradient_that_is_not_finite() -> None:
