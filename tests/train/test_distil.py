@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from killed import Killed, killed_at
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -296,9 +297,6 @@ def test_share_of_on_policy(
 def test_a_killed_distillation_goes_on_with_the_same_losses(
     pair: tuple[nn.Module, nn.Module], tmp_path: Path, given: dict[str, Any], stop: int
 ) -> None:
-    class Killed(BaseException):
-        pass
-
     given = dict(given)
     teacher = pair[1]
     cached = given.pop("cached", False)
@@ -313,16 +311,8 @@ def test_a_killed_distillation_goes_on_with_the_same_losses(
 
     whole = language("llama", 0)
     one = go(whole)
-    calls = 0
-
-    def killing(share: float) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == stop + 1:
-            raise Killed
-
     with pytest.raises(Killed):
-        go(language("llama", 0), folder=tmp_path / "run", progress=killing)
+        go(language("llama", 0), folder=tmp_path / "run", progress=killed_at(stop + 1))
     again = language("llama", 5)  # weights come from the checkpoint
     two = go(again, folder=tmp_path / "run")
     assert two.losses == one.losses

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from killed import Killed, killed_at
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -80,9 +81,6 @@ def test_gradients_are_those_of_the_whole_batch() -> None:
 def test_a_killed_run_goes_on_with_the_same_losses(
     tmp_path: Path, optimizer: str, stop: int
 ) -> None:
-    class Killed(BaseException):
-        pass
-
     given: dict[str, Any] = {
         "optimizer": optimizer,
         "judge": judge,
@@ -91,16 +89,8 @@ def test_a_killed_run_goes_on_with_the_same_losses(
     }
     whole = small()
     one = go(whole, **given)
-    calls = 0
-
-    def killing(share: float) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == stop + 1:
-            raise Killed
-
     with pytest.raises(Killed):
-        go(folder=tmp_path, progress=killing, **given)
+        go(folder=tmp_path, progress=killed_at(stop + 1), **given)
     again = small(7)  # weights come from the checkpoint
     two = go(again, folder=tmp_path, **given)
     assert two.losses == one.losses

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from killed import Killed, killed_at
 from torch import Tensor, nn
 
 from joulesmith import models, text
@@ -408,25 +409,14 @@ def test_a_grid_without_zero_cannot_keep_zeros() -> None:
 @pytest.mark.parametrize("given", MODES[:4], ids=IDS[:4])
 @pytest.mark.parametrize("stop", [1, 4])
 def test_a_killed_recovery_goes_on(tmp_path: Path, given: dict[str, Any], stop: int) -> None:
-    class Killed(BaseException):
-        pass
-
     how = RecoverSettings(**given)
 
     def go(module: nn.Module, **more: Any) -> Any:
         return recover(module, WINDOWS, settings(), how, teacher=TEACHER, judge=judge, **more)
 
     one = go(whole := pruned())
-    calls = 0
-
-    def killing(share: float) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == stop + 1:
-            raise Killed
-
     with pytest.raises(Killed):
-        go(pruned(), folder=tmp_path, progress=killing, save_seconds=0.0)
+        go(pruned(), folder=tmp_path, progress=killed_at(stop + 1), save_seconds=0.0)
     two = go(again := pruned(), folder=tmp_path)
     assert two.trained.losses == one.trained.losses
     for (n, p), q in zip(whole.named_parameters(), again.parameters(), strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from killed import Killed, killed_at
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -132,20 +133,9 @@ def test_zeros_stay_zero_and_are_as_many_as_asked(method: str, pattern: dict[str
 def test_a_killed_run_goes_on_with_the_same_losses(
     tmp_path: Path, method: str, optimizer: str
 ) -> None:
-    class Killed(BaseException):
-        pass
-
     whole = small()
     one, kept = go(whole, method, optimizer=optimizer)
     for stop in range(1, STEPS) if optimizer == "adamw" else (3, 6, 9):
-        calls = 0
-
-        def killing(share: float, stop: int = stop) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == stop + 1:
-                raise Killed
-
         folder = tmp_path / str(stop)
         with pytest.raises(Killed):
             go(
@@ -154,7 +144,7 @@ def test_a_killed_run_goes_on_with_the_same_losses(
                 optimizer=optimizer,
                 folder=folder,
                 save_seconds=0.0,
-                progress=killing,
+                progress=killed_at(stop + 1),
             )
         assert [p.name for p in folder.iterdir()] == [f"step-{stop:09d}"]
         again = small(7)  # weights come from the checkpoint

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from killed import Killed, killed_at
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -114,24 +115,12 @@ def test_impossible_tokens(tmp_path: Path) -> None:
         cache_top(module, WINDOWS, 8, tmp_path / "nan")
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("stop", range(1, 5))
 def test_a_stopped_run_goes_on(tmp_path: Path, stop: int) -> None:
     module = Teacher()
     cache_top(module, WINDOWS, 4, tmp_path / "whole", shard=3)
-    calls = 0
-
-    def killing(share: float) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == stop:
-            raise Killed
-
     with pytest.raises(Killed):
-        cache_top(module, WINDOWS, 4, tmp_path / "part", shard=3, progress=killing)
+        cache_top(module, WINDOWS, 4, tmp_path / "part", shard=3, progress=killed_at(stop))
     assert len(list((tmp_path / "part").glob("*.bin"))) == stop - 1
     with pytest.raises(JoulesmithError, match="unfinished"):
         TopK(tmp_path / "part")

@@ -191,7 +191,8 @@ class _Run:
             if s.every and state.step % s.every == 0 and state.step < s.steps:
                 self._judge()
             stopped = self._reason()
-            if time.monotonic() - self.saved_at >= self.save_seconds and not stopped:
+            due = time.monotonic() - self.saved_at >= self.save_seconds
+            if not stopped and _any(due, self.device):  # clocks of ranks differ; all save or none
                 self._save()
         if state.step != self.saved_step:
             self._judge()
