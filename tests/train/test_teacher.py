@@ -136,12 +136,12 @@ def test_kill_9(tmp_path: Path) -> None:
     code = """
 import sys, time
 from pathlib import Path
-from train import test_teacher as t
+import test_teacher as t
 slow = lambda share: (print(share, flush=True), time.sleep(0.3))
 t.cache_top(t.Teacher(), t.WINDOWS, 4, Path(sys.argv[1]), shard=2, progress=slow)
 """
-    place = Path(__file__).parents[1]
-    path = os.pathsep.join([str(place), str(place.parent / "src")])
+    here = Path(__file__).parent
+    path = os.pathsep.join(map(str, (here, here.parent, here.parents[1] / "src")))
     child = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "a")],
         env={**os.environ, "PYTHONPATH": path},
