@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+from joulesmith.errors import JoulesmithError
+
 JOULES_PER_WATT_HOUR = 3600.0
 JOULES_PER_KWH = 3.6e6
 
@@ -40,3 +44,19 @@ def duration(seconds: float) -> str:
     if s < 3600:
         return f"{s // 60} min {s % 60:02d} s"
     return f"{s // 3600} h {s % 3600 // 60:02d} min"
+
+
+_FACTORS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "m": 1e-3}
+
+
+def parse_joules(text: str, option: str) -> float:
+    """ "50kJ", "1.5 MJ", "200 J", "0.1kWh", "20Wh" -> joules. Raises `JoulesmithError`, naming the
+    option, for anything else and for nothing."""
+    match = re.fullmatch(r"\s*(\d{1,12}(?:\.\d{1,12})?)\s*([kMGm]?)(J|Wh)\s*", text)
+    value = 0.0
+    if match is not None:
+        factor = JOULES_PER_WATT_HOUR if match[3] == "Wh" else 1.0
+        value = float(match[1]) * _FACTORS[match[2]] * factor
+    if value <= 0:
+        raise JoulesmithError(f"{option} {text[:40]!r}: give joules such as 50kJ, 2MJ or 0.1kWh")
+    return value

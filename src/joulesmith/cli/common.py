@@ -67,11 +67,11 @@ def parse_workload(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parse_duration(text: str) -> float:
+def parse_duration(text: str, option: str = "--time-budget") -> float:
     """ "10m", "600s", "1h", "90" (seconds) -> seconds. Raises `JoulesmithError`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)?", text.strip())
     if match is None:
-        raise JoulesmithError(f"--time-budget is a time such as 10m, 600s or 1h, got {text!r}")
+        raise JoulesmithError(f"{option} is a time such as 10m, 600s or 1h, got {text!r}")
     return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600, None: 1}[match[2]]
 
 

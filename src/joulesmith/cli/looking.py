@@ -64,7 +64,11 @@ def report(
 ) -> None:
     """Show a finished run again, and write its page anew."""
     from joulesmith.report.files import PAGE_NAME, load_result
+    from joulesmith.report.training_result import TRAINING
 
+    if (folder / TRAINING).is_file() or folder.name.endswith(TRAINING):
+        _training(folder / TRAINING if folder.is_dir() else folder, json_)
+        return
     result = load_result(folder)
     if json_:
         print(result.model_dump_json(indent=1))
@@ -74,4 +78,19 @@ def report(
     page = (folder if folder.is_dir() else folder.parent) / PAGE_NAME
     write_page(result, page)
     show(result)
+    print(f"Report: {page}")
+
+
+def _training(path: Path, json_: bool) -> None:
+    from joulesmith.report.training_page import write_training_page
+    from joulesmith.report.training_result import TRAINING, TRAINING_PAGE, read_training
+    from joulesmith.report.training_tables import render_training
+
+    found = read_training(path)
+    if json_:
+        print(found.model_dump_json(indent=1))
+        return
+    page = path.with_name(path.name.removesuffix(TRAINING) + TRAINING_PAGE)
+    write_training_page(found, page)
+    render_training(found, console())
     print(f"Report: {page}")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from joulesmith.compress.quantize.activations import InputQuantizer
     from joulesmith.compress.quantize.kv_cache import KVScheme
     from joulesmith.models import Model
+    from joulesmith.train.loop import Trained
 
 REGISTRY: dict[str, type[Step]] = {}
 
@@ -33,7 +34,7 @@ class StepRecord:
     parameters in place leaves it empty. inputs: module name -> what rounds a linear layer's
     inputs. cache: how keys and values are cached. factors: GGUF tensor name -> (outer, inner),
     whose product is added to the packed matrix; rows in GGUF's order. pruned: layer by layer what
-    became zero. shrunk: what a smaller model lost.
+    became zero. shrunk: what a smaller model lost. trained: what a training took.
     """
 
     step: str
@@ -44,6 +45,7 @@ class StepRecord:
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     pruned: tuple[Pruned, ...] = ()
     shrunk: Shrunk | None = None
+    trained: Trained | None = None
 
 
 class Step(BaseModel):
@@ -93,7 +95,8 @@ def find(name: str) -> type[Step]:
     import joulesmith.compress.quantize.input_step
     import joulesmith.compress.quantize.kv_step
     import joulesmith.compress.quantize.smooth_step
-    import joulesmith.compress.quantize.step  # noqa: F401
+    import joulesmith.compress.quantize.step
+    import joulesmith.train.steps  # noqa: F401
 
     return REGISTRY[name]
 

@@ -194,7 +194,7 @@ def run_recipe(
     if form == forms.GGUF:
         get_engine("llama.cpp")
     check_texts(calib, evaluation)
-    _check_out(out, form)
+    check_out(out, form)
     return_large_blocks()
     show = progress or Progress({})
     for name, cost in STAGES.items():
@@ -226,7 +226,8 @@ def run_recipe(
     return replace(found, folder=str(out))
 
 
-def _check_out(out: Path, form: str) -> None:
+def check_out(out: Path, form: str) -> None:
+    """Raises `JoulesmithError` for a place that is taken, or no name for the format."""
     if form == forms.GGUF:
         if out.suffix.lower() != ".gguf":
             raise JoulesmithError(f"--out {out}: a GGUF is a file: give a name such as {out}.gguf")
@@ -302,7 +303,7 @@ def _run(
     sparse_bits = _sparse_bits(staged) if form == forms.SPARSE else None
     engine, engine_quality = None, None
     if form == forms.GGUF:
-        engine, engine_quality = _in_llama(staged, adapter, reference, show)
+        engine, engine_quality = in_llama(staged, adapter, reference, show)
     told, adapter = _publish(recipe, staged, adapter, out, form)
     types = {n: k for n, (k, _) in done.packed.items()}
     stored = [(r.shape[0] * r.shape[1], types.get(r.name, forms.UNTOUCHED)) for r in blocks]
@@ -347,7 +348,7 @@ def _sparse_bits(folder: Path) -> float:
     return 8 * sum(t.bytes for t in inside) / sum(math.prod(t.shape) for t in inside)
 
 
-def _in_llama(
+def in_llama(
     path: Path, adapter: Path | None, reference: Reference, show: Progress
 ) -> tuple[str, Quality]:
     """What the written file keeps where it will run."""

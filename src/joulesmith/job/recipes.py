@@ -30,6 +30,7 @@ from joulesmith.export import forms
 from joulesmith.job.inputs import CALIBRATION, LENGTH, digest_of
 from joulesmith.job.refine import EFFORTS
 from joulesmith.models import EMBEDDING
+from joulesmith.train.steps import Lesson
 
 if TYPE_CHECKING:
     from joulesmith.compress.quantize.activations import Scheme
@@ -42,7 +43,7 @@ ENDS = "Q6_K"
 """Least type of embedding and head in a GGUF, as llama.cpp's own quantizer has it for heads."""
 
 _CALIBRATION = ("calib", "sha256", "text", "seed", "windows")
-_CHANGING = (Rotate, Awq, Smooth, LowRank, Prune, Shrink)
+_CHANGING = (Rotate, Awq, Smooth, LowRank, Prune, Shrink, Lesson)
 
 
 def recipe_of(
@@ -179,6 +180,8 @@ def fit(recipe: Recipe, model: Model, form: str) -> Fitted:
         elif isinstance(step, Prune):
             step.check(model)
             pruned = i + 1
+        elif isinstance(step, Lesson):
+            _lesson(found, step, i, model, pruned)
         elif isinstance(step, RoundInputs):
             _schemed(found, step.scheme, i)
         elif isinstance(step, QuantizeCache):
@@ -250,6 +253,23 @@ def _check_zeros(types: Mapping[str, str], model: Model, pruned: int) -> None:
                     f"{name} is {kind}, which has no exact zero and would fill those of step "
                     f"{pruned} of the recipe: give Q8_0, Q6_K, Q5_0, Q4_0, INT8-G64, INT4-G32 ..."
                 )
+
+
+def _lesson(found: Fitted, step: Lesson, i: int, model: Model, pruned: int | None) -> None:
+    """A training that rounds settles types as `Quantize` does."""
+    how = step.lesson.how
+    if pruned is not None and (step.lesson.sparse is not None or not how.keep_zeros):
+        raise JoulesmithError(
+            f"step {i + 1} of the recipe ({step.name}) would fill the zeros of step {pruned}: "
+            "leave out  sparse  and  keep_zeros: false"
+        )
+    if how.mode != "quantized":
+        return
+    if not isinstance(how.types, str):
+        raise JoulesmithError(
+            f"step {i + 1} of the recipe ({step.name}): give one type for all matrices"
+        )
+    _typed(found, {r.name: how.types for r in model.matrices() if r.layer is not None}, i)
 
 
 def _quantized(found: Fitted, step: Quantize, i: int, model: Model, untied: bool) -> None:

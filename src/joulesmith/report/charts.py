@@ -47,7 +47,7 @@ def front(result: Result, width: int, height: int, name: str) -> str | None:
     Points far below the floor would flatten everything of interest: they sit
     on the lower edge, pointing down, with their figure written out.
     """
-    alt = _altair()
+    alt = altair()
     points = [
         p for p in result.front if figures.known(p.joules_per_token) and figures.known(p.kept)
     ]
@@ -97,19 +97,19 @@ def front(result: Result, width: int, height: int, name: str) -> str | None:
     x = x.axis(tickCount=max(3, width // 110), grid=False)
     y = y.axis(tickCount=6, titlePadding=12, format=".3f" if y1 - y0 < 0.05 else ".2f")
     layers = [
-        alt.Chart(_data([{"y": result.keep}]))
+        alt.Chart(data([{"y": result.keep}]))
         .mark_rule(stroke=light("fail"), strokeWidth=1.5, strokeDash=[6, 4])
         .encode(y=y),
-        alt.Chart(_data([{"x": x1, "y": result.keep, "text": f"floor {result.keep:g}"}]))
+        alt.Chart(data([{"x": x1, "y": result.keep, "text": f"floor {result.keep:g}"}]))
         .mark_text(align="right", dx=-4, dy=-8, fontSize=12, fill=light("fail"))
         .encode(x=x, y=y, text="text:N"),
-        alt.Chart(_data([r for r in rows if r["kind"] == "front"]))
+        alt.Chart(data([r for r in rows if r["kind"] == "front"]))
         .mark_line(stroke=light("front"), strokeWidth=1.5, interpolate="monotone", clip=True)
         .encode(x=x, y=y),
-        alt.Chart(_data([r for r in rows if r["low"] is not None]))
+        alt.Chart(data([r for r in rows if r["low"] is not None]))
         .mark_rule(strokeWidth=1.5)
         .encode(x=x, y=alt.Y("low:Q"), y2="y:Q", stroke=alt.Stroke("ink:N", scale=None)),
-        alt.Chart(_data(rows))
+        alt.Chart(data(rows))
         .mark_point(strokeWidth=1.6, opacity=1)
         .encode(
             x=x,
@@ -127,12 +127,12 @@ def front(result: Result, width: int, height: int, name: str) -> str | None:
             if some:
                 mark = {"align": align, "baseline": "middle", "fontSize": 12}
                 layers.append(
-                    alt.Chart(_data(some))
+                    alt.Chart(data(some))
                     .mark_text(fontWeight=600 if bold else 400, **mark)
                     .encode(x=x, y=y, text="text:N", fill=alt.Fill("colour:N", scale=None))
                 )
     chart = alt.layer(*layers).properties(width=width, height=height)
-    return _svg(chart, name, _front_label(result, points))
+    return svg(chart, name, _front_label(result, points))
 
 
 def _front_row(p: FrontPoint, edge: float) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def layer_map(result: Map, what: str, name: str, *, tall: bool) -> str | None:
 
     ``tall`` puts layers downwards, for narrow screens. ``None`` without layers.
     """
-    alt = _altair()
+    alt = altair()
     cells: dict[tuple[int, str], list[TensorChoice]] = {}
     for t in result.tensors:
         if t.layer is not None:
@@ -296,7 +296,7 @@ def layer_map(result: Map, what: str, name: str, *, tall: bool) -> str | None:
     y = alt.Y(sides[1][0], sort=sides[1][2]).axis(domain=False, ticks=False, **sides[1][1])
     stroke = 1 if step[0] > 6 else 0
     parts = [
-        alt.Chart(_data(rows))
+        alt.Chart(data(rows))
         .mark_rect(stroke=light("card"), strokeWidth=stroke)
         .encode(x=x, y=y, fill=alt.Fill("fill:N", scale=None), description="title:N")
     ]
@@ -304,14 +304,14 @@ def layer_map(result: Map, what: str, name: str, *, tall: bool) -> str | None:
     size = min(10.0, (step[0] - 3) / max(longest, 1) / 0.62)
     if size >= 6.5 and longest:
         parts.append(
-            alt.Chart(_data([{k: v for k, v in r.items() if k != "title"} for r in rows]))
+            alt.Chart(data([{k: v for k, v in r.items() if k != "title"} for r in rows]))
             .mark_text(fontSize=size, baseline="middle")
             .encode(x=x, y=y, text="text:N", fill=alt.Fill("on:N", scale=None))
         )
     chart = alt.layer(*parts).properties(width=step[0] * len(across), height=step[1] * len(down))
     kind = "type" if what == "type" else "predicted damage"
     label = f"Map of {len(layers)} layers by {len(roles)} roles, coloured by {kind}."
-    return _svg(chart, name, f"{label} Every tensor is in the table below the maps.")
+    return svg(chart, name, f"{label} Every tensor is in the table below the maps.")
 
 
 def _tensor_title(t: TensorChoice, words: str) -> str:
@@ -327,7 +327,8 @@ def _tensor_title(t: TensorChoice, words: str) -> str:
 # --- from altair to an SVG for the page ---------------------------------------------------------
 
 
-def _altair() -> Any:
+def altair() -> Any:
+    """The package, with what renders its charts. Raises `MissingExtraError`."""
     try:
         import altair
         import vl_convert  # noqa: F401  (altair finds it by itself)
@@ -336,11 +337,12 @@ def _altair() -> Any:
     return altair
 
 
-def _data(rows: list[dict[str, Any]]) -> Any:
-    return _altair().Data(values=rows)
+def data(rows: list[dict[str, Any]]) -> Any:
+    """Rows of a chart, written into it."""
+    return altair().Data(values=rows)
 
 
-def _svg(chart: Any, name: str, label: str) -> str:
+def svg(chart: Any, name: str, label: str) -> str:
     """Render and make fit for the page; ``name`` prefixes ids, ``label`` is read aloud."""
     soft, rule = light("soft"), light("rule")
     chart = (

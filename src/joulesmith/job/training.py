@@ -1,0 +1,464 @@
+"""`joulesmith train`, `distill` and `recover`: a model trained, judged, written, its joules told.
+
+    models + text -> reference -> judged -> trained -> judged -> file or folder -> judged there
+
+What the three differ in is who teaches, where the student is from, and what is usual.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from joulesmith._version import __version__
+from joulesmith.compress.quantize.choice import check_type
+from joulesmith.engines import get_engine
+from joulesmith.errors import JoulesmithError
+from joulesmith.export import forms
+from joulesmith.job import apply, lesson_text, student
+from joulesmith.job.compress import shrink_parts, shrink_step
+from joulesmith.job.quantize import check_out, in_llama
+from joulesmith.progress import Progress
+from joulesmith.quality import Quality, judge, write_reference
+from joulesmith.report.result import QualityFigures
+from joulesmith.report.training_result import (
+    TRAINING,
+    TRAINING_PAGE,
+    Kind,
+    TrainingResult,
+    write_training,
+)
+from joulesmith.train.lesson_settings import LessonSettings
+from joulesmith.workspace import Workspace, file_identity
+
+if TYPE_CHECKING:
+    import torch
+
+    from joulesmith.models import Model
+    from joulesmith.train.lesson import Limits, Taught
+
+STAGES = {"load": 5.0, "text": 20.0, "reference": 20.0, "train": 200.0, "judge": 20.0, "write": 3.0}
+POINTS = 400
+"""Most points of the training loss in a result."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked for.
+
+    model: to train; of `distill`, the teacher. kind: which command. teacher: of `recover`. student:
+    of `distill`, a model; else ``shape`` ("layers=4,width=128") or ``config`` (a file) make one
+    with fresh weights, and ``shrink`` cuts one out of the teacher, as `compress --shrink`; for
+    `train`, ``shape``, ``config`` and ``scratch`` (its own shape) begin anew. text: trained on;
+    None for what the teacher writes. evaluation: judged on; None for a part of the text. length:
+    tokens of a window; most: windows. form: of `forms.FORMATS`. device: "cpu", "cuda", "cuda:1" or
+    "auto". grid: whose carbon and price are told.
+    """
+
+    kind: Kind
+    model: str
+    out: Path
+    lesson: LessonSettings
+    limits: Limits | None = None
+    teacher: str | None = None
+    student: str | None = None
+    shape: str | None = None
+    config: Path | None = None
+    scratch: bool = False
+    shrink: str | None = None
+    text: str | None = None
+    evaluation: str | None = None
+    length: int = 256
+    most: int | None = None
+    form: str | None = None
+    device: str = "auto"
+    grid: str = "WORLD"
+    command: str = ""
+
+    @property
+    def seed(self) -> int:
+        """Of all that is drawn."""
+        return self.lesson.train.seed
+
+    @property
+    def format(self) -> str:
+        """Asked for, or by the name of ``out`` and the mode."""
+        if self.form is not None:
+            return self.form
+        if self.out.suffix.lower() == ".gguf":
+            return forms.GGUF
+        if self.lesson.how.mode == "quantized":
+            return "compressed-tensors"
+        return forms.SPARSE if self.lesson.sparse is not None else forms.PLAIN
+
+
+def run(task: Task, progress: Progress | None = None) -> TrainingResult:
+    """Do it. Working files lie in ``out.work`` until it is complete, and an interrupted run goes on
+    there. Raises `JoulesmithError` in one line for whatever the user can mend."""
+    show = progress or Progress({})
+    check(task)
+    for name, cost in STAGES.items():
+        show.expected.setdefault(name, cost)
+    whole = task.out.resolve()
+    beside = whole.with_name(whole.name + ".work")
+    with Workspace(beside, _identity(task)) as workspace:
+        result = _Run(task, workspace, whole, show).go()
+    shutil.rmtree(beside, ignore_errors=True)
+    return result
+
+
+def check(task: Task) -> None:
+    """Refuse what cannot work, before any work is done. Raises `JoulesmithError`."""
+    from joulesmith.energy import grid
+
+    forms.ready(task.format)
+    if task.format == forms.GGUF:
+        get_engine("llama.cpp")
+    check_out(task.out, task.format)
+    grid(task.grid)
+    for option, path in (("--text", task.text), ("--eval", task.evaluation)):
+        named = path is None or path == "english" or path.startswith("hf:")
+        if not named and not Path(str(path)).is_file():
+            raise JoulesmithError(f"no such text file: {option} {path}: give a file that is there")
+    if task.length < 8:
+        raise JoulesmithError(f"--length {task.length}: give windows of 8 tokens or more")
+    made = [w for w in ("student", "shape", "config", "shrink") if getattr(task, w) is not None]
+    if task.kind == "distill" and len(made) != 1:
+        raise JoulesmithError(
+            "say who learns: one of --student, --shape, --config and --shrink"
+            + (f", not {' and '.join('--' + w for w in made)}" if made else "")
+        )
+    fresh = [*made, *(["scratch"] if task.scratch else [])]
+    if task.kind == "train" and len(fresh) > 1:
+        raise JoulesmithError(f"give one of --{' and --'.join(fresh)}")
+    if task.kind == "train" and task.text is None:
+        raise JoulesmithError("say what to train on: --text FILE (or english, or hf:DATASET)")
+    if task.shape is not None:
+        student.shape_of(task.shape)
+    if task.shrink is not None and "joules" in shrink_parts(task.shrink):
+        raise JoulesmithError("--shrink joules= is priced by  joulesmith compress: run that first")
+    how = task.lesson.how
+    if how.mode == "quantized":
+        if isinstance(how.types, str):
+            check_type(how.types)
+        if task.format in (forms.PLAIN, forms.SPARSE):
+            raise JoulesmithError(
+                f"--mode quantized writes {how.types}, which {task.format} does not hold: give "
+                "--format compressed-tensors, or a name that ends in .gguf"
+            )
+    device_of(task.device)
+
+
+def device_of(name: str) -> torch.device:
+    """ "auto" is the first GPU where there is one. Raises `JoulesmithError` for one that is not."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError as e:
+        raise JoulesmithError(f"--device {name[:40]}: give auto, cpu, cuda or cuda:1") from e
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        have = torch.cuda.device_count()
+        raise JoulesmithError(f"--device {name}: this machine has {have} GPUs that torch can use")
+    if found.type not in ("cpu", "cuda"):
+        raise JoulesmithError(f"--device {name[:40]}: give auto, cpu, cuda or cuda:1")
+    return found
+
+
+def _identity(task: Task) -> dict[str, Any]:
+    limits = task.limits
+    return {
+        "version": __version__,
+        "kind": task.kind,
+        "model": [task.model, file_identity(task.model)],
+        "teacher": [task.teacher, file_identity(task.teacher)],
+        "student": [task.student, file_identity(task.student)],
+        "shape": task.shape,
+        "config": file_identity(None if task.config is None else str(task.config)),
+        "scratch": task.scratch,
+        "shrink": task.shrink,
+        "text": file_identity(task.text),
+        "eval": file_identity(task.evaluation),
+        "length": task.length,
+        "windows": task.most,
+        "format": task.format,
+        "lesson": task.lesson.model_dump(mode="json"),
+        "limits": None if limits is None else [limits.epochs, limits.seconds, limits.joules],
+    }
+
+
+@dataclass
+class _Run:
+    task: Task
+    workspace: Workspace
+    out: Path
+    show: Progress
+    notes: list[str] = field(default_factory=list)
+
+    def go(self) -> TrainingResult:
+        from joulesmith.energy.meter import EnergyMeter
+        from joulesmith.engines.torch_engine import TorchSession
+        from joulesmith.train.lesson import teach
+
+        task, show, work = self.task, self.show, self.workspace.work
+        device = device_of(task.device)
+        with show.stage("load"):
+            model, teacher = self._models()
+        learner = teacher if teacher is not None else model
+        with show.stage("text") as tick:
+            windows = lesson_text.gather(
+                learner, task.text, task.evaluation, work,
+                length=task.length, most=task.most, seed=task.seed, progress=tick,
+            )  # fmt: skip
+        if task.shrink is not None:
+            model = self._shrunk(model, windows)
+        most = int(model.module.config.max_position_embeddings)
+        if task.length > most:
+            raise JoulesmithError(
+                f"--length {task.length} is beyond the {most} tokens of the model's context: give "
+                "fewer"
+            )
+        where = str(device)
+        with show.stage("reference") as tick, TorchSession(learner.module, where) as session:
+            reference = write_reference(
+                session, windows.final, work / "final.npy", windows.judged, tick
+            )
+
+        def judged(tick: Any) -> Quality:
+            with TorchSession(model.module, where) as session:
+                return judge(session.score(windows.final, reference.path, tick), reference)
+
+        before = None
+        if teacher is not None:
+            show.expected.setdefault("before", 20)
+            with show.stage("before") as tick:
+                told = self.workspace.once("before", lambda: judged(tick).to_dict())
+                before = Quality(**told)
+        for m in (model, teacher):
+            if m is not None:
+                m.module.to(device)
+        with EnergyMeter() as meter:
+            taught = teach(
+                model, windows.train, windows.held, task.lesson,
+                teacher=teacher, limits=task.limits, known=windows.final, folder=work,
+                meter=meter, points=work / "points.jsonl", show=show,
+            )  # fmt: skip
+        if teacher is not None:
+            teacher.module.to("cpu")
+        packed = self._packed(model, taught)
+        model.module.to("cpu")
+        apply.as_stored(model, packed, vectors=task.format != forms.GGUF)
+        with show.stage("judge") as tick:
+            after = judged(tick)
+        model.module.to("cpu")
+        staged = work / ("staged.gguf" if task.format == forms.GGUF else "staged")
+        shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed here
+        with show.stage("write"):
+            size = forms.write(task.format, model, packed, staged, None)
+        engine = engine_quality = None
+        if task.format == forms.GGUF:
+            engine, engine_quality = in_llama(staged, None, reference, show)
+        result = self._result(model, teacher, windows, taught, before, after, size)
+        if engine is not None:
+            result = result.model_copy(
+                update={"engine": engine, "engine_quality": _figures(engine_quality)}
+            )
+        self._publish(staged, result)
+        return result
+
+    def _models(self) -> tuple[Model, Model | None]:
+        """Student and teacher."""
+        from joulesmith import models
+
+        task = self.task
+        given = models.load(task.model)
+        if task.kind == "train":
+            if task.student is not None:
+                raise JoulesmithError("--student is of  joulesmith distill")
+            if task.shape or task.config or task.scratch:
+                return self._fresh(given), None
+            return given, None
+        if task.kind == "recover":
+            assert task.teacher is not None
+            return given, models.load(task.teacher)
+        if task.student is not None:
+            return models.load(task.student), given
+        if task.shrink is not None:
+            return models.load(task.model), given
+        return self._fresh(given), given
+
+    def _fresh(self, base: Model) -> Model:
+        task = self.task
+        if task.config is not None:
+            config = student.read_config(task.config)
+        else:
+            parts = {} if task.shape is None else student.shape_of(task.shape)
+            config = student.shaped(base.module.config, parts)
+        made = student.fresh(base, config, self.workspace.work / "fresh" / self.out.stem, task.seed)
+        made.origin = f"fresh weights, seed {task.seed}, with the tokenizer of {base.name}"
+        return made
+
+    def _shrunk(self, model: Model, windows: lesson_text.Windows) -> Model:
+        task = self.task
+        assert task.shrink is not None
+        step = shrink_step(shrink_parts(task.shrink), task.seed)
+        self.show.expected.setdefault("shrink", 100)
+        with self.show.stage("shrink") as tick:
+            record = step.apply(model, windows.train[:64], tick, self.workspace.work / "shrink")
+        self.notes += record.notes
+        return model
+
+    def _packed(self, model: Model, taught: Taught) -> dict[str, Any]:
+        from joulesmith.train.recover import to_gguf
+
+        return to_gguf(model, taught.packed)
+
+    def _result(
+        self,
+        model: Model,
+        teacher: Model | None,
+        windows: lesson_text.Windows,
+        taught: Taught,
+        before: Quality | None,
+        after: Quality,
+        size: int,
+    ) -> TrainingResult:
+        from joulesmith.energy.carbon import cost, emission
+        from joulesmith.energy.carbon import price as find_price
+        from joulesmith.train.budget import next_percent
+
+        task, t = self.task, taught.trained
+        known = [(j, x) for j, x in t.curve if j is not None]
+        try:
+            price = find_price(task.grid)
+        except JoulesmithError:
+            price = None
+        notes = [*self.notes, *one_of_each(t.notes)]
+        if after.windows < 16:
+            notes.append(f"judged on {after.windows} windows only: intervals are wide")
+        return TrainingResult(
+            joulesmith=__version__,
+            created=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            kind=task.kind,
+            command=task.command,
+            model=model.name,
+            origin=model.origin,
+            teacher=None if teacher is None else teacher.origin,
+            out=str(task.out),
+            format=task.format,
+            bytes=size,
+            parameters=model.parameters,
+            teacher_parameters=None if teacher is None else teacher.parameters,
+            device=_device_words(device_of(task.device)),
+            text=windows.text,
+            windows=taught.windows,
+            windows_of=taught.of,
+            repeats=taught.repeats,
+            length=task.length,
+            before=_figures(before),
+            after=_told(after),
+            engine=None,
+            engine_quality=None,
+            recovered=None if before is None else recovered(before, after),
+            steps=t.steps,
+            stopped=t.stopped,
+            tokens=t.steps * taught.settings.batch * (task.length - 1),
+            joules=t.joules,
+            low=t.low,
+            high=t.high,
+            pedigree=t.pedigree,  # type: ignore[arg-type]
+            seconds=t.seconds,
+            optimizer_bytes=t.optimizer_bytes,
+            next_percent=next_percent(known),
+            curve=t.curve,
+            losses=thinned(t.losses),
+            sparsity=taught.sparsity,
+            grid=task.grid,
+            gco2e=None if t.joules is None else emission(t.joules, task.grid),
+            price=None if price is None else f"{price.price_per_kwh:g} {price.currency}/kWh",
+            currency=None if price is None else price.currency,
+            cost=None if t.joules is None or price is None else cost(t.joules, price),
+            scaling=None,
+            settings=task.lesson.model_copy(update={"train": taught.settings}).model_dump(
+                mode="json"
+            ),
+            notes=tuple(dict.fromkeys(notes)),
+        )
+
+    def _publish(self, staged: Path, result: TrainingResult) -> None:
+        """The model, and the result and its page beside or in it; the model is moved last."""
+        from joulesmith.report.training_page import write_training_page
+
+        json_path, page = places(self.out, self.task.format)
+        if self.task.format != forms.GGUF:
+            json_path, page = staged / json_path.name, staged / page.name
+        write_training(result, json_path)
+        write_training_page(result, page)
+        staged.replace(self.out)
+
+
+def places(out: Path, form: str) -> tuple[Path, Path]:
+    """Where the result and its page are."""
+    if form != forms.GGUF:
+        return out / TRAINING, out / TRAINING_PAGE
+    return out.with_suffix(f".{TRAINING}"), out.with_suffix(f".{TRAINING_PAGE}")
+
+
+def recovered(before: Quality, after: Quality) -> float | None:
+    """Share of the gap to the reference in nats a token; None where there was none."""
+    gap = math.log(before.perplexity / before.reference_perplexity)
+    if gap <= 0:
+        return None
+    return 1 - math.log(after.perplexity / after.reference_perplexity) / gap
+
+
+def thinned(losses: Sequence[float], most: int = POINTS) -> tuple[tuple[int, float], ...]:
+    """(step, mean loss of the stretch that ends there), at most so many."""
+    width = max(1, math.ceil(len(losses) / most))
+    return tuple(
+        (min(i + width, len(losses)), sum(losses[i : i + width]) / len(losses[i : i + width]))
+        for i in range(0, len(losses), width)
+    )
+
+
+def one_of_each(notes: Sequence[str]) -> list[str]:
+    """Notes that differ in a percentage alone become one, with the largest."""
+    found: dict[str, tuple[float, str]] = {}
+    for note in notes:
+        match = re.search(r"(\d+(?:\.\d+)?)%", note)
+        share = float(match[1]) if match else 0.0
+        key = re.sub(r"\d+(?:\.\d+)?%", "%", note)
+        if key in found and match:
+            largest = max(share, found[key][0])
+            found[key] = largest, key.replace("%", f"up to {largest:g}%", 1)
+        else:
+            found.setdefault(key, (share, note))
+    return [text for _, text in found.values()]
+
+
+def _figures(q: Quality | None) -> QualityFigures | None:
+    return None if q is None else _told(q)
+
+
+def _told(q: Quality) -> QualityFigures:
+    return QualityFigures(
+        kept=q.kept, kept_low=q.kept_low, perplexity=q.perplexity,
+        reference_perplexity=q.reference_perplexity, kl=q.kl, top1=q.top1, tokens=q.tokens,
+        text=q.text,
+    )  # fmt: skip
+
+
+def _device_words(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,310 @@
+"""One training of a loaded model, whatever it is for: which windows, from which teacher, what of
+the model trains, and what is kept to go on from. `train`, `distill` and `recover` are three names
+for it.
+
+Knows models and windows; not where a text is from, nor what becomes of the model.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from joulesmith.compress.checkpoint import digest
+from joulesmith.errors import JoulesmithError
+from joulesmith.progress import Progress
+from joulesmith.train import data, loop, optimizers, schedule
+from joulesmith.train.data_settings import DataSettings
+from joulesmith.train.distil import Distil, check_tokenizers
+from joulesmith.train.lesson_settings import LessonSettings
+from joulesmith.train.outputs import eager
+from joulesmith.train.recover import Packed, prepared, recover
+from joulesmith.train.scores import HeldOut, scores
+from joulesmith.train.settings import TrainSettings
+from joulesmith.train.sparse import SparseTraining
+from joulesmith.train.teacher import cache_top
+
+if TYPE_CHECKING:
+    from joulesmith.models import Model
+
+TRIAL_STEPS = 3
+"""Steps that are timed where a time or joules are given in the place of steps."""
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What came of it.
+
+    trained: by the loop. windows: trained on, of how many there were. repeats: left out as such.
+    steps: of the training, those that a budget was turned into. packed: of quantization-aware
+    training, what linear layers now hold exactly. sparsity: of layers in sparse training, None
+    without.
+    """
+
+    trained: loop.Trained
+    windows: int
+    of: int
+    repeats: int
+    settings: TrainSettings
+    packed: dict[str, Any] = field(default_factory=dict)
+    sparsity: float | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What ends a training beside its steps: one of them, or none. seconds: of training, teacher
+    and data excluded. joules: of the same. epochs: times that each window is seen."""
+
+    epochs: float | None = None
+    seconds: float | None = None
+    joules: float | None = None
+
+
+def teach(
+    student: Model,
+    windows: NDArray[np.int32],
+    held: NDArray[np.int32],
+    s: LessonSettings,
+    *,
+    teacher: Model | None = None,
+    limits: Limits | None = None,
+    known: NDArray[np.int32] | None = None,
+    folder: Path | None = None,
+    meter: Any = None,
+    points: Path | None = None,
+    packed: Packed | None = None,
+    show: Progress | None = None,
+) -> Taught:
+    """Train ``student.module`` in place.
+
+    windows: int32 (n, length) to choose from; held: those of the energy-to-quality curve, never
+    trained on. known: other windows that must not be repeated, such as those of the last
+    judgement. folder: for checkpoints, teacher's predictions, scores and the number of steps; the
+    same call goes on there. meter: an `EnergyMeter`; without one the loop has its own.
+
+    Raises `JoulesmithError` for tokenizers that differ, a budget of joules where they are unknown,
+    and as `recover`, `loop.train` and `cache_top` do.
+    """
+    show = show or Progress({})
+    module = student.module
+    vocab = None
+    if teacher is not None:
+        vocab = check_tokenizers(student.tokenizer, teacher.tokenizer)
+    kept = _Kept(folder)
+    judged = held if known is None else np.concatenate([held, known])
+    at, repeats = chosen(windows, judged, s.data, module, teacher, kept, show)
+    mine = np.ascontiguousarray(windows[at])
+    cache = None
+    if s.cache and teacher is not None:
+        if folder is None:
+            raise JoulesmithError("a teacher's predictions are kept on disk: give a folder")
+        show.expected.setdefault("teacher", 40)
+        with show.stage("teacher") as tick:
+            cache = cache_top(
+                teacher.module, mine, s.cache, folder / "teacher", vocab=vocab, progress=tick
+            )
+    asked = teacher.module if teacher is not None and s.asks else None
+    objective = Distil(s.distil, teacher=asked, cache=cache, vocab=vocab, eos=student.tokenizer.eos)
+    settings = counted(s, limits or Limits(), module, mine, objective, kept, meter, packed)
+    if s.points and not settings.every:
+        settings = settings.model_copy(update={"every": max(1, settings.steps // s.points)})
+    show.expected["train"] = 200.0
+    with show.stage("train") as tick:
+        given: dict[str, Any] = {
+            "judge": HeldOut(held), "folder": None if folder is None else folder / "checkpoints",
+            "meter": meter, "points": points, "progress": tick, "tell": show.say,
+            "save_seconds": s.save_seconds,
+        }  # fmt: skip
+        if s.sparse is not None:
+            hook = SparseTraining(module, s.sparse, settings)
+            told = digest(s.distil.model_dump(), teacher and teacher.module, module)
+            trained = loop.train(
+                module, mine, objective, settings, hook=hook, identity=told, **given
+            )
+            return Taught(trained, len(mine), len(windows), repeats, settings, {}, hook.sparsity)
+        found = recover(
+            module, mine, settings, s.how, s.distil,
+            teacher=asked, cache=cache, packed=packed, vocab=vocab,
+            eos=student.tokenizer.eos, **given,
+        )  # fmt: skip
+    return Taught(found.trained, len(mine), len(windows), repeats, settings, dict(found.packed))
+
+
+class _Kept:
+    """Small results in a folder, or nowhere."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def array(self, name: str) -> NDArray[np.float64] | None:
+        path = None if self.folder is None else self.folder / f"{name}.npy"
+        if path is None or not path.is_file():
+            return None
+        found: NDArray[np.float64] = np.load(path, allow_pickle=False)
+        return found
+
+    def put(self, name: str, value: NDArray[np.float64]) -> None:
+        from joulesmith.atomic import atomic_path
+
+        if self.folder is not None:
+            with atomic_path(self.folder / f"{name}.npy") as part, part.open("wb") as f:
+                np.save(f, value)
+
+
+def chosen(
+    windows: NDArray[np.int32],
+    judged: NDArray[np.int32],
+    s: DataSettings,
+    module: nn.Module,
+    teacher: Model | None,
+    kept: _Kept,
+    show: Progress,
+) -> tuple[NDArray[np.int64], int]:
+    """Places of the windows that are trained on, and how many were left out as repeats."""
+    at = np.arange(len(windows))
+    if s.repeats is not None:
+        at = data.without_repeats(windows, s.repeats, min(data.GRAM, windows.shape[1]), judged)
+        if not len(at):
+            raise JoulesmithError(
+                f"all {len(windows)} windows repeat others by more than {s.repeats:.0%}: allow more"
+            )
+    repeats = len(windows) - len(at)
+    if s.share == 1:
+        return at, repeats
+    if s.by == "learnable" and teacher is None:
+        raise JoulesmithError("what is learnable is told by a teacher: give one, or another --by")
+    found = kept.array("scores")
+    if found is None or len(found) != len(at):
+        show.expected.setdefault("choose", 20)
+        with show.stage("choose") as tick:
+            judge = module if teacher is None else teacher.module
+            if s.by == "learnable":
+                best = scores(judge, windows[at], progress=lambda x: tick(x / 2))
+                now = scores(module, windows[at], progress=lambda x: tick(0.5 + x / 2))
+                found = data.learnable(now, best)
+            else:
+                found = scores(judge, windows[at], s.by, tick)
+        kept.put("scores", found)
+    return at[data.by_score(found, s.share, s.keep)], repeats
+
+
+def counted(
+    s: LessonSettings,
+    limits: Limits,
+    module: nn.Module,
+    windows: NDArray[np.int32],
+    objective: loop.Objective,
+    kept: _Kept,
+    meter: Any,
+    packed: Packed | None,
+) -> TrainSettings:
+    """The loop's settings with the steps that the limits come to: by epochs, or by a few steps'
+    seconds or joules, so that the rate falls to its end just when the budget is spent.
+
+    The number is kept with the run, which would else not be the same after it was stopped. Raises
+    `JoulesmithError` for joules that are unknown here, and a budget below one step.
+    """
+    t = s.train
+    if limits.epochs is not None:
+        return t.model_copy(update={"steps": max(1, round(limits.epochs * len(windows) / t.batch))})
+    if limits.seconds is None and limits.joules is None:
+        return t
+    before = kept.array("steps")
+    if before is None:
+        seconds, joules = trial(s, module, windows, objective, meter, packed)
+        if limits.joules is not None and joules is None:
+            raise JoulesmithError(
+                "joules are unknown on this machine: see  joulesmith doctor, or give steps"
+            )
+        counts = [] if limits.seconds is None else [limits.seconds / seconds]
+        if limits.joules is not None and joules:
+            counts.append(limits.joules / joules)
+        if min(counts) < 1:
+            told = "" if joules is None else f" and {joules:.3g} J"
+            raise JoulesmithError(
+                f"the budget ends before the first step, which takes {seconds:.2g} s{told}: give "
+                "more, or a smaller batch"
+            )
+        before = np.array([float(int(min(counts)))])
+        kept.put("steps", before)
+    return t.model_copy(update={"steps": int(before[0]), "budget_joules": limits.joules})
+
+
+def native_precision() -> str:
+    """What products are made in where nothing is asked for: "bfloat16" on GPUs, and on processors
+    with instructions for it."""
+    if torch.cuda.is_available():
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    units = ("avx512_bf16", "amx_tile")
+    native = any(getattr(torch.cpu, f"_is_{u}_supported", lambda: False)() for u in units)
+    return "bfloat16" if native else "float32"
+
+
+class _EnoughError(Exception):
+    """Ends a trial."""
+
+
+def trial(
+    s: LessonSettings,
+    module: nn.Module,
+    windows: NDArray[np.int32],
+    objective: loop.Objective,
+    meter: Any,
+    packed: Packed | None,
+) -> tuple[float, float | None]:
+    """Seconds and joules of a step, medians of `TRIAL_STEPS` after one that warms up. Nothing
+    moves: the learning rate is 0."""
+    from joulesmith.energy.meter import EnergyMeter
+
+    found: list[tuple[float, float | None]] = []
+    with ExitStack() as stack:
+        used = meter if meter is not None else stack.enter_context(EnergyMeter())
+        if s.distil.attention:
+            stack.enter_context(eager(module))
+        # An error leaves weights as they are, which putting the module together would round.
+        stack.enter_context(suppress(_EnoughError))
+        stack.enter_context(prepared(module, s.how, packed))
+        stack.enter_context(loop._training(module, s.train))
+        chosen = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        optimizer = optimizers.build(chosen, s.train)
+        optimizers.set_rate(optimizer, 0.0)
+        for i in range(TRIAL_STEPS + 1):
+            begun = time.perf_counter()
+            with used.window("trial") as window:
+                _gradients(module, windows, objective, s.train, i)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if i:
+                found.append((time.perf_counter() - begun, window.reading.joules))
+        raise _EnoughError
+    joules = [j for _, j in found if j is not None]
+    middle = float(np.median(joules)) if len(joules) == len(found) else None
+    return float(np.median([t for t, _ in found])), middle
+
+
+def _gradients(
+    module: nn.Module,
+    windows: NDArray[np.int32],
+    objective: loop.Objective,
+    s: TrainSettings,
+    step: int,
+) -> None:
+    """Those of a step's batch."""
+    at = schedule.windows_of(step, s.batch, len(windows), s.seed)
+    device = next(module.parameters()).device
+    for i in range(0, len(at), s.micro):
+        places = at[i : i + s.micro]
+        tokens = torch.from_numpy(windows[places].astype(np.int64)).to(device)
+        with loop._precision(s, device):
+            loss = objective(module, tokens, places)
+        (loss * (len(places) / len(at))).backward()  # type: ignore[no-untyped-call]

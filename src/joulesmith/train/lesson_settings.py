@@ -1,0 +1,50 @@
+"""All that a training is asked to do, but for texts and models. Knows no torch."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from joulesmith.train.data_settings import DataSettings
+from joulesmith.train.recover_settings import DistilSettings, RecoverSettings
+from joulesmith.train.settings import TrainSettings
+from joulesmith.train.sparse_settings import SparseSettings
+
+
+class LessonSettings(BaseModel):
+    """train: how the loop runs. distil: what is learned from whom; the text alone where soft is 0.
+    how: what of the model trains. sparse: zeros that come and go while it trains, with every weight
+    training. data: which windows. cache: the teacher is asked once and so many of its likeliest
+    tokens are kept; 0 asks it in every step. points: of the energy-to-quality curve, in the place
+    of ``train.every``; 0 leaves that. save_seconds: between checkpoints.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    train: TrainSettings = TrainSettings(steps=1)
+    distil: DistilSettings = DistilSettings()
+    how: RecoverSettings = RecoverSettings()
+    sparse: SparseSettings | None = None
+    data: DataSettings = DataSettings()
+    cache: int = Field(default=0, ge=0)
+    points: int = Field(default=0, ge=0)
+    save_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _together(self) -> LessonSettings:
+        if self.sparse is not None and self.how.mode != "full":
+            raise ValueError(f"sparse training trains every weight: not with mode {self.how.mode}")
+        if self.cache and not self.distil.soft:
+            raise ValueError("a cache keeps a teacher's predictions: give soft a weight")
+        return self
+
+    @property
+    def taught(self) -> bool:
+        """Whether a teacher is needed."""
+        d = self.distil
+        return bool(d.soft or d.hidden or d.attention or d.on_policy)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the teacher itself is needed in each step, a cache or not."""
+        d = self.distil
+        inside = bool(d.hidden or d.attention or d.on_policy)
+        return inside or bool(d.soft and not self.cache)
