@@ -150,6 +150,12 @@ class EnergyMeter:
         for source in self.sources:
             source.close()
 
+    def watch(self, tree: ProcessTree) -> ProcessTree:
+        """Watches other processes from now on, between windows; returns those it watched."""
+        with self._lock:
+            before, self._tree = self._tree, tree
+        return before
+
     def window(self, name: str = "window") -> Window:
         """A window to be entered with ``with``; its reading is also kept in `readings`."""
         return Window(self, name)

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
@@ -33,6 +32,9 @@ from torch.optim import Optimizer
 
 from joulesmith.atomic import check_space
 from joulesmith.errors import JoulesmithError
+from joulesmith.ranks import rank, wait, world
+
+__all__ = ["STATE", "latest", "load", "rank", "read_state", "save", "wait", "world"]
 
 STATE = "state.json"
 _NAME = re.compile(r"step-(\d{9})")
@@ -74,7 +76,7 @@ def save(
             dcp_save(
                 dict(tensors),
                 storage_writer=HuggingFaceStorageWriter(path=str(part), save_distributed=True),
-                no_dist=not _distributed(),
+                no_dist=world() == 1,
             )
         if first:
             (part / STATE).write_text(json.dumps({**state, "step": step, "groups": rest}))
@@ -142,7 +144,7 @@ def _read(path: Path, tensors: Mapping[str, Tensor]) -> None:
             dcp_load(
                 dict(tensors),
                 storage_reader=HuggingFaceStorageReader(path=str(path)),
-                no_dist=not _distributed(),
+                no_dist=world() == 1,
             )
     except (Exception, CheckpointException) as e:
         raise JoulesmithError(
@@ -171,26 +173,6 @@ def _second_names(module: nn.Module) -> set[str]:
     first = {n for n, _ in module.named_parameters()}
     every = {n for n, _ in module.named_parameters(remove_duplicate=False)}
     return {n.removeprefix("module.").replace("_orig_mod.", "") for n in every - first}
-
-
-def rank() -> int:
-    """Of this process; 0 where it is alone."""
-    return torch.distributed.get_rank() if _distributed() else 0
-
-
-def world() -> int:
-    """How many processes train together."""
-    return torch.distributed.get_world_size() if _distributed() else 1
-
-
-def wait() -> None:
-    """For all ranks."""
-    if _distributed():
-        torch.distributed.barrier()
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _why(e: BaseException) -> str:

@@ -12,8 +12,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,11 +23,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from joulesmith.energy.totals import Totals
 from joulesmith.energy.training import LoopMeter
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Tick, silent
-from joulesmith.train import budget, checkpoint, optimizers, schedule
+from joulesmith.ranks import added, rank, world
+from joulesmith.train import budget, checkpoint, group, optimizers, rank_energy, schedule
+from joulesmith.train.modes import precision as _precision
+from joulesmith.train.modes import training as _training
+from joulesmith.train.parallel import ParallelSettings, Spread, moved_hook, spread
+from joulesmith.train.passes import gradients, leaves_out
+from joulesmith.train.scaling import Probe, Scaling
 from joulesmith.train.settings import TrainSettings
+
+__all__ = ["Hook", "Judge", "Objective", "Scaling", "Trained", "_precision", "_training", "train"]
 
 Judge = Callable[[nn.Module], float]
 """Held-out loss of the module, nats a token."""
@@ -71,8 +80,8 @@ class Hook(Protocol):
 class Trained:
     """steps: done in all. stopped: why, in words. losses: of each step, those before a resume too,
     nats a token. curve: (joules or None, held-out loss) at each evaluation. joules and the interval
-    of all steps, those before a resume included; None unknown. optimizer_bytes: its state, on this
-    rank."""
+    of all steps and of all ranks, those before a resume included; None unknown. optimizer_bytes:
+    its state, on this rank. scaling: of several ranks against one, where it was looked at."""
 
     steps: int
     stopped: str
@@ -85,6 +94,7 @@ class Trained:
     seconds: float
     optimizer_bytes: int
     notes: tuple[str, ...] = ()
+    scaling: Scaling | None = None
 
 
 @dataclass
@@ -111,52 +121,78 @@ def train(
     points: Path | None = None,
     progress: Tick = silent,
     tell: Callable[[str], None] | None = None,
+    parallel: ParallelSettings | None = None,
 ) -> Trained:
     """Train what in ``module`` requires gradients, in place.
 
     windows: int32 (n, length). judge: held-out loss, taken at the start, every ``settings.every``
     steps and at the end. folder: of checkpoints, written every ``save_seconds`` and at the end; a
     run of the same settings, windows, parameters and ``identity`` that stopped there goes on.
-    meter: an `EnergyMeter`. points: file of the energy curve.
+    meter: an `EnergyMeter`. points: file of the energy curve, by the first rank.
+
+    Of several ranks all call it with the same; ``parallel`` says how they share the work. Then
+    evaluations, checkpoints and the end are of all of them, and so are joules: the first rank of
+    each machine counts that machine's, with ``meter`` or its own, and they are added up.
 
     Raises `JoulesmithError` for windows that are none, a loss or gradient that is not finite (the
-    last checkpoint is kept), checkpoints of another run, and a full disk.
+    last checkpoint is kept), checkpoints of another run, a full disk, and as `spread`.
     """
+    how = parallel or ParallelSettings()
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
         raise JoulesmithError("no windows to train on: give more text")
-    if settings.batch % checkpoint.world():  # the mean over ranks is then that over windows
+    data = max(1, world() // how.tensor)
+    if settings.batch % data:  # the mean over ranks is then that over windows
         raise JoulesmithError(
-            f"a batch of {settings.batch} windows on {checkpoint.world()} ranks: give a multiple"
+            f"a batch of {settings.batch} windows on {data} ranks: give a multiple"
         )
-    chosen = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    optimizer = optimizers.build(chosen, settings)
-    if hook is not None:
-        optimizer = hook.wrap(optimizer)
-        identity = [identity, hook.identity]
-    print_of = _identity(module, windows, settings, identity)
-    state = _State()
+    told = identity if hook is None else [identity, hook.identity]
+    print_of = _identity(module, windows, settings, told)
+    state, scaling = _State(), None
     with ExitStack() as stack:
+        meter = stack.enter_context(rank_energy.meter_of_machine(meter))
         stack.enter_context(_training(module, settings))
+        probe = None
+        if world() > 1 and how.probe:
+            probe = Probe(windows, objective, settings, how.probe, meter)
+            probe.on_one(module)
+        ddp = world() > 1 and how.data == "replicate" and how.tensor == 1
+        out = ddp and leaves_out(module, windows, objective, settings)
+        shared = stack.enter_context(spread(module, how, out))
+        if probe is not None:
+            scaling = probe.on_all(shared)
+        moved_hook(hook, shared.moved)
+        chosen = {n: p for n, p in shared.inner.named_parameters() if p.requires_grad}
+        optimizer = optimizers.build(chosen, settings)
+        if hook is not None:
+            optimizer = hook.wrap(optimizer)
+        first = rank() == 0
         loop = stack.enter_context(
-            LoopMeter(meter, parameters=module, budget_joules=settings.budget_joules, path=points)
-        )
+            LoopMeter(
+                meter, parameters=module, budget_joules=settings.budget_joules,
+                path=points if first else None,
+            )
+        )  # fmt: skip
         run = _Run(
-            module, windows, objective, settings, optimizer, judge, folder, print_of, hook, loop,
+            shared, windows, objective, settings, optimizer, judge, folder, print_of, hook, loop,
             state, save_seconds, progress, tell or (lambda _: None),
         )  # fmt: skip
         stopped = run.go()
+        loop.stop()
+        spent = Totals()
+        spent.load_totals(rank_energy.totals(loop))
     return Trained(
         steps=state.step,
         stopped=stopped,
         losses=tuple(state.losses),
         curve=tuple(state.curve),
-        joules=loop.joules,
-        low=loop.low,
-        high=loop.high,
-        pedigree=loop.pedigree,
+        joules=spent.joules,
+        low=spent.low,
+        high=spent.high,
+        pedigree=spent.pedigree,
         seconds=loop.seconds,
         optimizer_bytes=optimizers.state_bytes(optimizer),
         notes=tuple(loop.notes),
+        scaling=scaling,
     )
 
 
@@ -164,18 +200,19 @@ class _Run:
     """One call of `train`."""
 
     def __init__(
-        self, module: nn.Module, windows: NDArray[np.int32], objective: Objective,
+        self, shared: Spread, windows: NDArray[np.int32], objective: Objective,
         settings: TrainSettings, optimizer: torch.optim.Optimizer, judge: Judge | None,
         folder: Path | None, identity: str, hook: Hook | None, loop: LoopMeter, state: _State,
         save_seconds: float, progress: Tick, tell: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self.module, self.windows, self.objective, self.s = module, windows, objective, settings
+        self.shared, self.module, self.s = shared, shared.inner, settings
+        self.windows, self.objective = windows, objective
         self.optimizer, self.judge, self.folder, self.identity = optimizer, judge, folder, identity
         self.hook, self.loop, self.state, self.tell = hook, loop, state, tell
         self.save_seconds, self.progress = save_seconds, progress
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.device = self.parameters[0].device
+        self.device = next(p for p in self.module.parameters() if p.requires_grad).device
         self.saved_at, self.saved_step = time.monotonic(), -1
+        self.spent = 0.0
 
     def go(self) -> str:
         """Steps until there is a reason to stop, which is returned."""
@@ -192,7 +229,7 @@ class _Run:
                 self._judge()
             stopped = self._reason()
             due = time.monotonic() - self.saved_at >= self.save_seconds
-            if not stopped and _any(due, self.device):  # clocks of ranks differ; all save or none
+            if not stopped and _any(due):  # clocks of ranks differ; all save or none
                 self._save()
         if state.step != self.saved_step:
             self._judge()
@@ -203,7 +240,7 @@ class _Run:
         """Share of the training behind: by steps, or by joules where the budget ends it first."""
         share = self.state.step / self.s.steps
         if self.s.budget_joules is not None:
-            share = max(share, self.loop.spent / self.s.budget_joules)
+            share = max(share, self.spent / self.s.budget_joules)
         return min(1.0, share)
 
     def _reason(self) -> str:
@@ -211,40 +248,31 @@ class _Run:
         if self.state.step >= s.steps:
             return "all steps done"
         stop = ""
-        if self.loop.should_stop:
+        if s.budget_joules is not None:
+            self.spent = added([self.loop.spent])[0]
+        if s.budget_joules is not None and self.spent >= s.budget_joules:
             stop = f"the budget of {s.budget_joules:g} J is spent"
         elif s.joules_per_percent is not None:
             known = [(j, x) for j, x in self.state.curve if j is not None]
             if budget.enough(known, s.joules_per_percent):
                 stop = f"the next percent of quality costs more than {s.joules_per_percent:g} J"
-        other = _any(bool(stop), self.device)  # all ranks stop together
-        return stop or ("another rank stopped" if other else "")
+        return stop
 
     def _step(self, step: int) -> None:
         s = self.s
-        at = schedule.windows_of(step, s.batch, len(self.windows), s.seed)
-        mine = at[checkpoint.rank() :: checkpoint.world()]
-        torch.manual_seed(s.seed * 1_000_003 + step * checkpoint.world() + checkpoint.rank())
         optimizers.set_rate(self.optimizer, schedule.rate(s, (step + 0.5) / s.steps))
-        with self.loop.step(tokens=len(at) * (self.windows.shape[1] - 1), samples=len(at)) as told:
-            total = torch.zeros((), device=self.device)
-            for i in range(0, len(mine), s.micro):
-                places = mine[i : i + s.micro]
-                tokens = torch.from_numpy(self.windows[places].astype(np.int64)).to(self.device)
-                with _precision(s, self.device):
-                    loss = self.objective(self.module, tokens, places)
-                share = len(places) / len(mine)
-                (loss * share).backward()  # type: ignore[no-untyped-call]
-                total += loss.detach().float() * share
+        count = s.batch * (self.windows.shape[1] - 1)
+        with self.loop.step(tokens=count, samples=s.batch) as told:
+            total = gradients(self.shared, self.windows, self.objective, s, step, self.device)
             told.loss = total
-            value = float(_mean(total))
+            value = added([float(total)])[0] / world()
             if not math.isfinite(value):
                 raise self._broken(f"the loss became {value} at step {step}")
             if self.hook is not None:
                 self.hook.before(step)
-            norm = nn.utils.clip_grad_norm_(self.parameters, s.clip or math.inf)
-            if not math.isfinite(float(norm)):
-                raise self._broken(f"the gradient became {float(norm)} at step {step}")
+            norm = self.shared.clip(s.clip or math.inf)
+            if not math.isfinite(norm):
+                raise self._broken(f"the gradient became {norm} at step {step}")
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             if self.hook is not None:
@@ -266,8 +294,9 @@ class _Run:
             loss = self.judge(self.module)
         self.module.train(training)
         self.loop.record(eval_loss=loss)
-        self.state.curve.append((self.loop.joules, loss))
-        spent = "" if self.loop.joules is None else f", {self.loop.joules:.4g} J"
+        joules = rank_energy.joules_now(self.loop)
+        self.state.curve.append((joules, loss))
+        spent = "" if joules is None else f", {joules:.4g} J"
         self.tell(f"step {self.state.step}: held-out loss {loss:.4f}{spent}")
 
     def _save(self) -> None:
@@ -277,11 +306,14 @@ class _Run:
             "identity": self.identity,
             "curve": self.state.curve,
             "losses": self.state.losses,
-            "loop": self.loop.state_dict(),
+            "loop": rank_energy.totals(self.loop),
             "hook": None if self.hook is None else self.hook.state(),
         }
         extra = {} if self.hook is None else self.hook.tensors()
-        checkpoint.save(self.folder, self.state.step, self.module, self.optimizer, state, extra)
+        path = checkpoint.save(
+            self.folder, self.state.step, self.module, self.optimizer, state, extra
+        )
+        group.checkpointed(path)
         self.saved_at, self.saved_step = time.monotonic(), self.state.step
 
     def _resume(self) -> None:
@@ -298,7 +330,8 @@ class _Run:
         self.state.step = self.saved_step = kept["step"]
         self.state.curve[:] = [(j, x) for j, x in kept["curve"]]
         self.state.losses[:] = kept["losses"]
-        self.loop.load_state_dict(kept["loop"])
+        self.loop.load_state_dict(rank_energy.own_share(kept["loop"]))
+        group.checkpointed(path)
         if self.hook is not None:
             self.hook.load(kept["hook"])
         self.tell(f"goes on at step {self.state.step}")
@@ -320,49 +353,6 @@ def _identity(
     return h.hexdigest()[:16]
 
 
-@contextmanager
-def _training(module: nn.Module, settings: TrainSettings) -> Iterator[None]:
-    """Training mode and recomputed activations, undone at the end."""
-    training = module.training
-    config: Any = getattr(module, "config", None)
-    recomputing: Any = module
-    cache = getattr(config, "use_cache", None)
-    module.train()
-    if cache is not None:
-        config.use_cache = False
-    if settings.recompute:
-        if not hasattr(module, "gradient_checkpointing_enable"):
-            raise JoulesmithError(f"{type(module).__name__} cannot recompute its activations")
-        recomputing.gradient_checkpointing_enable({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        if settings.recompute:
-            recomputing.gradient_checkpointing_disable()
-        if cache is not None:
-            config.use_cache = cache
-        module.train(training)
-
-
-def _precision(settings: TrainSettings, device: torch.device) -> Any:
-    if settings.precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def _mean(x: Tensor) -> Tensor:
-    """Over ranks."""
-    if checkpoint.world() == 1:
-        return x
-    x = x.clone()
-    torch.distributed.all_reduce(x)
-    return x / checkpoint.world()
-
-
-def _any(x: bool, device: torch.device) -> bool:
+def _any(x: bool) -> bool:
     """Whether it is so on some rank."""
-    if checkpoint.world() == 1:
-        return x
-    t = torch.tensor(float(x), device=device)
-    torch.distributed.all_reduce(t)
-    return bool(t > 0)
+    return added([float(x)])[0] > 0

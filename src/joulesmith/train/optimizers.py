@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from joulesmith.errors import JoulesmithError
 from joulesmith.train.settings import TrainSettings
+from joulesmith.train.zeros import local
 
 ADAM_SHARE = 0.1
 """Of Muon's rate, for what Muon does not take: its steps have unit size in every direction, Adam's
@@ -61,9 +62,12 @@ def build(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> Op
     rest = [p for n, p in chosen.items() if n not in matrices]
 
     def groups(parts: Iterable[nn.Parameter], others: list[nn.Parameter]) -> list[dict[str, Any]]:
-        made = [{"params": list(parts), "weight_decay": s.decay, "share": 1.0}]
-        made.append({"params": others, "weight_decay": 0.0, "share": 1.0})
-        return [g for g in made if g["params"]]
+        # operations on lists take tensors of one mesh of ranks
+        return [
+            {"params": ps, "weight_decay": decay, "share": 1.0}
+            for found, decay in ((parts, s.decay), (others, 0.0))
+            for ps in by_mesh(found)
+        ]
 
     both = groups(matrices.values(), rest)
     if s.optimizer == "sgd":
@@ -88,6 +92,14 @@ def build(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> Op
     return Several(parts)
 
 
+def by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Whole parameters, and those of which ranks hold parts, by who holds them. In order."""
+    found: dict[Any, list[nn.Parameter]] = {}
+    for p in parameters:
+        found.setdefault(getattr(p, "device_mesh", None), []).append(p)
+    return list(found.values())
+
+
 def _end(name: str) -> bool:
     return any(part in name for part in ("embed", "lm_head", "wte", "wpe"))
 
@@ -104,6 +116,7 @@ def state_bytes(optimizer: Optimizer) -> int:
 
     def look(value: Any) -> None:
         if isinstance(value, torch.Tensor):
+            value = local(value)
             found[value.data_ptr() or id(value)] = value.numel() * value.element_size()
         elif isinstance(value, Mapping):
             for v in value.values():

@@ -81,3 +81,8 @@ def device_of(module: nn.Module) -> torch.device:
     """Where its tokens go."""
     first = next(module.parameters(), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def lockstep(module: nn.Module) -> bool:
+    """Whether all ranks must call the module equally often: each holds a part of it."""
+    return any(hasattr(p, "device_mesh") for p in module.parameters())

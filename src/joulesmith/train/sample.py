@@ -26,8 +26,10 @@ def continuations(
     """prompts int64 (n, p) -> tokens (n, p + count), and which of the ``count`` new ones count,
     bool (n, count): those up to the first ``eos``, itself included.
 
-    At temperature 1, in eval mode; only the first ``vocab`` tokens are drawn.
+    At temperature 1, in eval mode, of what ranks replicate (DDP) this one's copy; only
+    the first ``vocab`` tokens are drawn.
     """
+    module = getattr(module, "replica", module)
     training = module.training
     module.eval()
     try:

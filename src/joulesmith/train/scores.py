@@ -12,7 +12,8 @@ from torch import nn
 
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Tick, silent
-from joulesmith.train.outputs import device_of, run
+from joulesmith.ranks import shared
+from joulesmith.train.outputs import device_of, lockstep, run
 
 Score = Literal["loss", "gradient"]
 BATCH = 4
@@ -67,11 +68,15 @@ def scores(
 
 
 class HeldOut:
-    """Mean loss of windows, nats a token, when called with a module."""
+    """Mean loss of windows, nats a token, when called with a module. Ranks share the windows, but
+    where each holds a part of the module: all call it."""
 
     def __init__(self, windows: NDArray[np.int32]) -> None:
         self.windows = windows
 
     def __call__(self, module: nn.Module) -> float:
         """In nats a token."""
-        return float(scores(module, self.windows).mean())
+        if lockstep(module):
+            return float(scores(module, self.windows).mean())
+        every = shared(self.windows, lambda part: scores(module, part).tolist())  # type: ignore[arg-type]
+        return float(np.mean(every))

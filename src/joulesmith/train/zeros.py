@@ -3,7 +3,7 @@ knows no models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,16 +24,25 @@ class KeepZeros:
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._bits: dict[nn.Parameter, Tensor] = {}
         for p in parameters:
-            zero = p.detach() == 0
-            if p.ndim >= 2 and bool(zero.any()):
-                self._bits[p] = pack(zero)
+            self._look(p)
+
+    def _look(self, p: nn.Parameter) -> None:
+        zero = local(p.detach()) == 0
+        if p.ndim >= 2 and bool(zero.any()):
+            self._bits[p] = pack(zero)
+
+    def moved(self, pairs: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Other parameters train in the place of those, or parts of them on this rank."""
+        before, self._bits = self._bits, {}
+        for p in before:
+            self._look(pairs.get(p, p))
 
     def zeros(self) -> dict[nn.Parameter, Tensor]:
         """Matrix -> what stays zero, bool of its shape."""
         return {p: self._zero(p) for p in self._bits}
 
     def _zero(self, p: nn.Parameter) -> Tensor:
-        return unpack(self._bits[p], p.shape)
+        return unpack(self._bits[p], local(p.detach()).shape)
 
     @property
     def identity(self) -> str:
@@ -48,13 +57,13 @@ class KeepZeros:
         """No gradient by what stays zero."""
         for p in self._bits:
             if p.grad is not None:
-                p.grad.masked_fill_(self._zero(p), 0)
+                local(p.grad).masked_fill_(self._zero(p), 0)
 
     @torch.no_grad()
     def after(self, step: int) -> None:
         """Zeros again."""
         for p in self._bits:
-            p.masked_fill_(self._zero(p), 0)
+            local(p).masked_fill_(self._zero(p), 0)
 
     def state(self) -> dict[str, Any]:
         """Nothing: what is kept follows from the module that the training starts from."""
@@ -66,3 +75,9 @@ class KeepZeros:
 
     def load(self, state: dict[str, Any]) -> None:
         """Nothing."""
+
+
+def local(t: Tensor) -> Tensor:
+    """This rank's part of a tensor, or all of it where it is whole."""
+    found: Tensor = t.to_local() if hasattr(t, "to_local") else t  # type: ignore[operator]
+    return found

@@ -1,0 +1,44 @@
+"""What a module and its products are in while they train. Knows no data and no optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from joulesmith.errors import JoulesmithError
+from joulesmith.train.settings import TrainSettings
+
+
+@contextmanager
+def training(module: nn.Module, settings: TrainSettings) -> Iterator[None]:
+    """Training mode and recomputed activations, undone at the end."""
+    before = module.training
+    config: Any = getattr(module, "config", None)
+    recomputing: Any = module
+    cache = getattr(config, "use_cache", None)
+    module.train()
+    if cache is not None:
+        config.use_cache = False
+    if settings.recompute:
+        if not hasattr(module, "gradient_checkpointing_enable"):
+            raise JoulesmithError(f"{type(module).__name__} cannot recompute its activations")
+        recomputing.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if settings.recompute:
+            recomputing.gradient_checkpointing_disable()
+        if cache is not None:
+            config.use_cache = cache
+        module.train(before)
+
+
+def precision(settings: TrainSettings, device: torch.device) -> Any:
+    """The context of a forward pass."""
+    if settings.precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -1,0 +1,125 @@
+"""One rank of `test_parallel`: does what its argument, JSON, says, and writes what it found.
+
+Started as torchrun starts it: the group is in the environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from joulesmith.errors import JoulesmithError
+from joulesmith.ranks import shared
+from joulesmith.train import losses
+from joulesmith.train.loop import train
+from joulesmith.train.outputs import run
+from joulesmith.train.parallel import ParallelSettings, ranks, whole
+from joulesmith.train.settings import TrainSettings
+from joulesmith.train.zeros import KeepZeros
+
+VOCAB = 32
+WINDOWS = np.random.default_rng(0).integers(0, VOCAB, (24, 10)).astype(np.int32)
+WINDOWS[:, 1::2] = (WINDOWS[:, ::2] + 1) % VOCAB  # something to learn
+
+
+def model() -> nn.Module:
+    """A Llama of two layers with grouped heads and a head that is the embedding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    found: nn.Module = LlamaForCausalLM(config).float()
+    return found
+
+
+def objective(module: nn.Module, tokens: Tensor, places: NDArray[np.int64]) -> Tensor:
+    return losses.hard(run(module, tokens[:, :-1]).logits, tokens[:, 1:])
+
+
+def judge(module: nn.Module) -> float:
+    tokens = torch.from_numpy(WINDOWS.astype(np.int64))
+    return float(objective(module, tokens, np.arange(len(tokens))))
+
+
+class Step:
+    """Progress that ends this process, or its training, at a step."""
+
+    def __init__(self, at: int, how: str) -> None:
+        self.left, self.how = at, how
+
+    def __call__(self, share: float) -> None:
+        self.left -= 1
+        if self.left == 0:
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise JoulesmithError("that is enough")
+
+
+def trained(task: dict[str, Any]) -> dict[str, Any]:
+    module = model()
+    hook = None
+    if task.get("zeros"):
+        with torch.no_grad():
+            for n, p in module.named_parameters():
+                if "proj" in n:
+                    p[:, ::2] = 0
+        hook = KeepZeros(module.parameters())
+    how = ParallelSettings(**task.get("parallel", {"probe": 0}))
+    rank = int(os.environ.get("RANK", 0))
+    ends = rank == task.get("ends", -1)
+    folder = task.get("folder")
+    found = train(
+        module, WINDOWS, objective,
+        TrainSettings(**{"steps": 6, "batch": 8, "micro": 2, "rate": 1e-2, **task.get("settings", {})}),
+        judge=judge, parallel=how, hook=hook, folder=None if folder is None else Path(folder),
+        save_seconds=0.0 if folder else 60.0,
+        progress=Step(task["at"], task["how"]) if ends else lambda _: None,
+    )  # fmt: skip
+    state = {n: p.double().sum().item() for n, p in module.named_parameters()}
+    out = {
+        "losses": found.losses, "curve": [x for _, x in found.curve], "sums": state,
+        "joules": found.joules, "pedigree": found.pedigree, "bytes": found.optimizer_bytes,
+        "zeros": sum(int((p == 0).sum()) for p in module.parameters()),
+        "whole": sorted(whole(module)) if rank == 0 else len(whole(module)),
+    }  # fmt: skip
+    if (s := found.scaling) is not None:
+        out["scaling"] = [s.plan, s.speed_up, s.joules_ratio, s.communication, s.note]
+    return out
+
+
+def main() -> None:
+    tasks = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    try:
+        with ranks("cpu", timeout=60) as me:
+            for task in tasks:
+                if task.get("do") == "shared":
+                    found: Any = shared(list(range(7)), lambda part: [i * 0.1 for i in part])
+                else:
+                    try:
+                        found = trained(task)
+                    except JoulesmithError as e:
+                        if "ends" in task:
+                            raise
+                        found = {"error": str(e)}
+                print(json.dumps([me.rank, found]), flush=True)
+    except JoulesmithError as e:
+        print(f"joulesmith: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+
+
+if __name__ == "__main__":
+    main()
