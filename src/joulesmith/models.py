@@ -50,6 +50,7 @@ __all__ = [
     "save",
     "set_gguf_weight",
     "write_tokenizer_of",
+    "write_weights",
 ]
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -235,12 +236,25 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
     with atomic_folder(folder, needed=n_bytes + (1 << 24)) as temp:
         # Safetensors reports a full disk as its own error, without the number.
         try:
-            model.module.save_pretrained(temp, safe_serialization=True)
+            write_weights(model.module, temp)
         except Exception as e:
             if type(e).__name__ == "SafetensorError":
                 raise JoulesmithError(f"cannot write weights: {folder}: {e}") from e
             raise
         write_tokenizer_of(model, temp)
+
+
+def write_weights(module: Any, folder: Path) -> None:
+    """config.json and safetensors, by `transformers`, without its bar of progress."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        module.save_pretrained(folder, safe_serialization=True)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def cache_word(module: Any) -> str:

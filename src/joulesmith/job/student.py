@@ -129,7 +129,7 @@ def fresh(base: Model, config: Any, folder: Path, seed: int) -> Model:
         torch.manual_seed(seed)
         module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with atomic_folder(folder, needed=4 * size + (1 << 24)) as part:
-        module.save_pretrained(part, safe_serialization=True)
+        models.write_weights(module, part)
         models.write_tokenizer_of(base, part)
     del module
     return models.load(folder)

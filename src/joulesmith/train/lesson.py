@@ -115,7 +115,7 @@ def teach(
     objective = Distil(s.distil, teacher=asked, cache=cache, vocab=vocab, eos=student.tokenizer.eos)
     settings = counted(s, limits or Limits(), module, mine, objective, kept, meter, packed)
     if s.points and not settings.every:
-        settings = settings.model_copy(update={"every": max(1, settings.steps // s.points)})
+        settings = settings.model_copy(update={"every": -(-settings.steps // s.points)})
     show.expected["train"] = 200.0
     with show.stage("train") as tick:
         given: dict[str, Any] = {
