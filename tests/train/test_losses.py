@@ -129,6 +129,14 @@ def test_soft_top_is_soft_of_merged_outcomes(k: int, seed: int) -> None:
     assert found <= float(more) + 1e-6
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+def test_soft_top_leaves_logits_alone(kind: torch.dtype) -> None:
+    s = logits(0).to(kind).requires_grad_()
+    before = s.detach().clone()
+    losses.soft_top(s, *losses.top_of(logits(1), 3)).backward()  # type: ignore[no-untyped-call]
+    assert torch.equal(s.detach(), before)
+
+
 def test_soft_top_where_the_student_is_sure() -> None:
     """What the student leaves for other tokens is far below float32's step at 1."""
     s = torch.tensor([[40.0, 0, 0, 0]], requires_grad=True)

@@ -95,6 +95,19 @@ def test_the_teacher_is_asked_once(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
+def test_products_in_bfloat16_probabilities_in_float32(tmp_path: Path) -> None:
+    module = Teacher()
+    cache = cache_top(module, WINDOWS, 4, tmp_path / "half", precision="bfloat16")
+    with torch.autocast("cpu", torch.bfloat16):
+        ids, values = expected(module, WINDOWS, 4)
+    got_ids, got_values = cache.read(np.arange(len(WINDOWS)))
+    assert torch.equal(got_ids, ids)
+    assert torch.equal(got_values, values.half().float())
+    assert not torch.equal(got_values, expected(module, WINDOWS, 4)[1].half().float())
+    with pytest.raises(JoulesmithError, match="another teacher"):
+        cache_top(module, WINDOWS, 4, tmp_path / "half")
+
+
 def test_logits_beyond_the_vocabulary(tmp_path: Path) -> None:
     module = Teacher()
     ids, values = cache_top(module, WINDOWS, 6, tmp_path, vocab=6).read(np.arange(11))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,6 +69,36 @@ def eager(*modules: nn.Module) -> Iterator[None]:
     finally:
         for m, name in usual:
             m.set_attn_implementation(name)
+
+
+@contextmanager
+def fused(module: nn.Module, backend: str = "inductor") -> Iterator[bool]:
+    """Training steps of a transformers module on a processor in about half the time: blocks
+    compiled (`torch.compile`), which needs a C++ compiler and about a minute at the first steps,
+    and attention written out, as the backward pass of torch's fused kernel is slow there. Undone at
+    the end. backend: of `torch.compile`. Yields whether blocks are compiled; False where there is
+    no compiler.
+
+    For forward passes of changing shapes, and without gradients, use `plainly`.
+    """
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    blocks = list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=[]))
+    able = bool(blocks) and shutil.which(os.environ.get("CXX") or "g++") is not None
+    with eager(module):
+        if able:
+            for block in blocks:
+                block.compile(backend=backend)
+        try:
+            yield able
+        finally:
+            if able:
+                for block in blocks:
+                    block._compiled_call_impl = None
+
+
+def plainly() -> Any:
+    """A context in which nothing compiled is used."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def even_spread(student: int, teacher: int) -> tuple[tuple[int, int], ...]:

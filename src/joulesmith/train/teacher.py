@@ -26,6 +26,7 @@ from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Tick, silent
 from joulesmith.train import checkpoint, losses
 from joulesmith.train.outputs import device_of, run
+from joulesmith.train.settings import Precision
 
 META = "top.json"
 SHARD_BYTES = 1 << 22
@@ -136,6 +137,7 @@ def cache_top(
     *,
     vocab: int | None = None,
     shard: int | None = None,
+    precision: Precision = "float32",
     progress: Tick = silent,
 ) -> TopK:
     """The ``k`` most likely tokens after each of the windows' tokens but the last, kept in
@@ -143,7 +145,8 @@ def cache_top(
     share the shards.
 
     teacher: put into eval mode. windows: int32 (n, length). vocab: logits beyond are of no token;
-    default all. shard: windows in a file. Raises `JoulesmithError` for a folder of another cache, k
+    default all. shard: windows in a file. precision: of the teacher's products (autocast); its
+    probabilities are made in float32. Raises `JoulesmithError` for a folder of another cache, k
     out of range, probabilities that are not numbers, and a full disk, where shards that are
     complete are kept.
     """
@@ -151,7 +154,7 @@ def cache_top(
         raise JoulesmithError("no windows to ask a teacher about: give more text")
     n, positions = len(windows), windows.shape[1] - 1
     teacher.eval()
-    wide = _logits(teacher, windows[:1, :2]).shape[-1]
+    wide = _logits(teacher, windows[:1, :2], "float32").shape[-1]
     vocab = vocab or wide
     if not 0 < k <= vocab <= wide:
         raise JoulesmithError(
@@ -160,7 +163,9 @@ def cache_top(
         )
     each = positions * k * (4 if vocab <= 1 << 16 else 6)
     shard = shard or max(1, min(n, SHARD_BYTES // each))
-    told = digest(teacher, windows, positions, k, vocab, shard)
+    # float32 as it ever was, so that caches made before are known
+    how = () if precision == "float32" else (precision,)
+    told = digest(teacher, windows, positions, k, vocab, shard, *how)
     layout = Layout(told, n, positions, k, vocab, shard)
     if checkpoint.rank() == 0:
         _claim(folder, layout)
@@ -174,7 +179,8 @@ def cache_top(
         ids = np.empty((len(mine), positions, k), layout.id_type)
         values = np.empty((len(mine), positions, k), "<f2")
         for at in range(0, len(mine), BATCH):
-            found, logs = losses.top_of(_logits(teacher, mine[at : at + BATCH])[..., :vocab], k)
+            logits = _logits(teacher, mine[at : at + BATCH], precision)
+            found, logs = losses.top_of(logits[..., :vocab], k)
             if bool(logs.isnan().any()):
                 raise JoulesmithError("the teacher's probabilities are not numbers on this text")
             ids[at : at + BATCH] = found.cpu().numpy()
@@ -269,10 +275,12 @@ def _damaged(path: Path) -> JoulesmithError:
 
 
 @torch.no_grad()
-def _logits(teacher: nn.Module, windows: NDArray[np.int32]) -> Tensor:
+def _logits(teacher: nn.Module, windows: NDArray[np.int32], precision: Precision) -> Tensor:
     """(n, length) -> (n, length - 1, width)."""
-    tokens = torch.from_numpy(windows.astype(np.int64)).to(device_of(teacher))
-    return run(teacher, tokens[:, :-1]).logits
+    device = device_of(teacher)
+    tokens = torch.from_numpy(windows.astype(np.int64)).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        return run(teacher, tokens[:, :-1]).logits
 
 
 def _crc(row: NDArray[np.generic]) -> int:
