@@ -95,13 +95,13 @@ def shared(items: Sequence[T], score: Callable[[Sequence[T]], Sequence[R]]) -> l
     failed, so that none waits for it.
     """
     if world() == 1:
-        return list(score(items)) if items else []
+        return list(score(items)) if len(items) else []
     n, r, w = len(items), rank(), world()
     mine = items[n * r // w : n * (r + 1) // w]
     failed: BaseException | None = None
     part: list[R] = []
     try:
-        part = list(score(mine)) if mine else []
+        part = list(score(mine)) if len(mine) else []
         if len(part) != len(mine):
             raise ValueError(f"{len(part)} scores of {len(mine)} items")
     except Exception as e:

@@ -178,7 +178,7 @@ def test_a_recipe_shrinks_recovers_and_quantizes(
 model: tiny
 steps:
 - step: shrink
-  neurons: 0.67
+  layers: 1
 - step: recover
   text: {text}
   length: 32
@@ -202,7 +202,7 @@ steps:
     recipe.write_text(without[:start] + without[without.index("- step: quantize") :])
     plain = joulesmith(*words, tmp_path / "c")
     assert plain.returncode == 0, plain.stderr
-    assert found["quality"]["kept"] > 1.02 * json.loads(plain.stdout)["quality"]["kept"]
+    assert found["quality"]["kept"] > 1.05 * json.loads(plain.stdout)["quality"]["kept"]
 
 
 @pytest.mark.parametrize(

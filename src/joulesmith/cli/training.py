@@ -116,6 +116,16 @@ Form = Annotated[
         "where --out ends so, else what the training needs.",
     ),
 ]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="Under torchrun: replicate, the whole model on each rank; shard, a part (FSDP2).",
+    ),
+]
+Tensor = Annotated[
+    int, typer.Option("--tensor", help="Under torchrun: ranks that share each matrix.")
+]
 Grid = Annotated[str, typer.Option(help="Country or region of the electricity grid, e.g. DE.")]
 Seed = Annotated[int, typer.Option(help="Seed of all that is drawn.")]
 Shape = Annotated[
@@ -161,6 +171,8 @@ def train(
     repeats: Repeats = None,
     select: Select = None,
     device: Device = "auto",
+    data: Data = "replicate",
+    tensor: Tensor = 1,
     format_: Form = None,
     grid: Grid = "WORLD",
     seed: Seed = 0,
@@ -175,7 +187,7 @@ def train(
     lesson, limits = _lesson(
         steps, epochs, time_, budget, next_percent, every, batch, micro, optimizer,
         rate or _rate(optimizer, 1.0 if fresh else 0.1), schedule, precision, recompute, seed,
-        sparse, repeats, select, {"hard": 1.0, "soft": 0.0}, {}, 0,
+        sparse, repeats, select, {"hard": 1.0, "soft": 0.0}, {}, 0, data, tensor,
     )  # fmt: skip
     _run(
         "train", model, out, lesson, limits, json_,
@@ -226,6 +238,8 @@ def distill(
     repeats: Repeats = None,
     select: Select = None,
     device: Device = "auto",
+    data: Data = "replicate",
+    tensor: Tensor = 1,
     format_: Form = None,
     grid: Grid = "WORLD",
     seed: Seed = 0,
@@ -245,7 +259,7 @@ def distill(
     lesson, limits = _lesson(
         steps, epochs, time_, budget, next_percent, every, batch, micro, optimizer,
         rate or _rate(optimizer, 1.0 if fresh else 0.3), schedule, precision, recompute, seed,
-        sparse, repeats, select, distil, {}, cache,
+        sparse, repeats, select, distil, {}, cache, data, tensor,
     )  # fmt: skip
     _run(
         "distill", teacher, out, lesson, limits, json_,
@@ -302,6 +316,8 @@ def recover(
     repeats: Repeats = None,
     select: Select = None,
     device: Device = "auto",
+    data: Data = "replicate",
+    tensor: Tensor = 1,
     format_: Form = None,
     grid: Grid = "WORLD",
     seed: Seed = 0,
@@ -321,7 +337,7 @@ def recover(
     lesson, limits = _lesson(
         steps, epochs, time_, budget, next_percent, every, batch, micro, optimizer,
         rate or _rate(optimizer, share), schedule, precision, recompute, seed, None, repeats,
-        select, distil, how, cache,
+        select, distil, how, cache, data, tensor,
     )  # fmt: skip
     _run(
         "recover", model, out, lesson, limits, json_,
@@ -343,7 +359,7 @@ def _lesson(
     next_percent: str | None, every: int | None, batch: int, micro: int, optimizer: str,
     rate: float, schedule: str, precision: str | None, recompute: bool, seed: int,
     sparse: str | None, repeats: float | None, select: str | None, distil: dict[str, Any],
-    how: dict[str, Any], cache: int,
+    how: dict[str, Any], cache: int, data: str, tensor: int,
 ) -> tuple[LessonSettings, Limits]:  # fmt: skip
     """Options -> settings. Raises `JoulesmithError` in one line."""
     from pydantic import ValidationError
@@ -372,6 +388,7 @@ def _lesson(
             "joules_per_percent": None if next_percent is None
             else parse_joules(next_percent, "--next-percent"),
         },
+        "parallel": {"data": data, "tensor": tensor},
         "distil": distil, "how": how, "cache": cache, "points": 0 if every else 12,
         "sparse": None if sparse is None else _sparse(sparse, seed),
         "data": {
@@ -421,6 +438,8 @@ def _run(
     )
     with interruptible("the same command goes on where it stopped"):
         found = run(task, Progress({}))
+    if found is None:  # a rank that has nothing to say
+        return
     if json_:
         print(found.model_dump_json(indent=1))
         return

@@ -7,14 +7,16 @@ What the three differ in is who teaches, where the student is from, and what is 
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from joulesmith._version import __version__
 from joulesmith.compress.quantize.choice import check_type
@@ -26,11 +28,13 @@ from joulesmith.job.compress import shrink_parts, shrink_step
 from joulesmith.job.quantize import check_out, in_llama
 from joulesmith.progress import Progress
 from joulesmith.quality import Quality, judge, write_reference
+from joulesmith.ranks import rank, wait
 from joulesmith.report.result import QualityFigures
 from joulesmith.report.training_result import (
     TRAINING,
     TRAINING_PAGE,
     Kind,
+    Scaling,
     TrainingResult,
     write_training,
 )
@@ -41,7 +45,10 @@ if TYPE_CHECKING:
     import torch
 
     from joulesmith.models import Model
+    from joulesmith.train.group import Ranks
     from joulesmith.train.lesson import Limits, Taught
+
+T = TypeVar("T")
 
 STAGES = {"load": 5.0, "text": 20.0, "reference": 20.0, "train": 200.0, "judge": 20.0, "write": 3.0}
 POINTS = 400
@@ -98,22 +105,39 @@ class Task:
         return forms.SPARSE if self.lesson.sparse is not None else forms.PLAIN
 
 
-def run(task: Task, progress: Progress | None = None) -> TrainingResult:
+def run(task: Task, progress: Progress | None = None) -> TrainingResult | None:
     """Do it. Working files lie in ``out.work`` until it is complete, and an interrupted run goes on
-    there. Raises `JoulesmithError` in one line for whatever the user can mend."""
+    there. Under torchrun all ranks call this; all but the first are silent and return None.
+
+    Raises `JoulesmithError` in one line for whatever the user can mend.
+    """
+    from joulesmith.train.group import ranks
+
     show = progress or Progress({})
-    check(task)
+    with ranks(task.device) as me:
+        if not me.first:
+            show = Progress({}, stream=io.StringIO())
+        check(task, me.device)
+        return _run(task, me, show)
+
+
+def _run(task: Task, me: Ranks, show: Progress) -> TrainingResult | None:
     for name, cost in STAGES.items():
         show.expected.setdefault(name, cost)
     whole = task.out.resolve()
     beside = whole.with_name(whole.name + ".work")
-    with Workspace(beside, _identity(task)) as workspace:
-        result = _Run(task, workspace, whole, show).go()
-    shutil.rmtree(beside, ignore_errors=True)
+    with ExitStack() as stack:
+        workspace = Workspace(beside, _identity(task))
+        if me.first:
+            stack.enter_context(workspace)
+        wait()
+        result = _Run(task, me, workspace, whole, show).go()
+    if me.first:
+        shutil.rmtree(beside, ignore_errors=True)
     return result
 
 
-def check(task: Task) -> None:
+def check(task: Task, device: torch.device) -> None:
     """Refuse what cannot work, before any work is done. Raises `JoulesmithError`."""
     from joulesmith.energy import grid
 
@@ -152,25 +176,16 @@ def check(task: Task) -> None:
                 f"--mode quantized writes {how.types}, which {task.format} does not hold: give "
                 "--format compressed-tensors, or a name that ends in .gguf"
             )
-    device_of(task.device)
+    if device.type not in ("cpu", "cuda"):
+        raise JoulesmithError(f"--device {task.device[:40]}: give auto, cpu, cuda or cuda:1")
+    if device.type == "cuda":
+        import torch
 
-
-def device_of(name: str) -> torch.device:
-    """ "auto" is the first GPU where there is one. Raises `JoulesmithError` for one that is not."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(name)
-    except RuntimeError as e:
-        raise JoulesmithError(f"--device {name[:40]}: give auto, cpu, cuda or cuda:1") from e
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         have = torch.cuda.device_count()
-        raise JoulesmithError(f"--device {name}: this machine has {have} GPUs that torch can use")
-    if found.type not in ("cpu", "cuda"):
-        raise JoulesmithError(f"--device {name[:40]}: give auto, cpu, cuda or cuda:1")
-    return found
+        if (device.index or 0) >= have:
+            raise JoulesmithError(
+                f"--device {task.device}: this machine has {have} GPUs that torch can use"
+            )
 
 
 def _identity(task: Task) -> dict[str, Any]:
@@ -190,58 +205,88 @@ def _identity(task: Task) -> dict[str, Any]:
         "length": task.length,
         "windows": task.most,
         "format": task.format,
-        "lesson": task.lesson.model_dump(mode="json"),
+        "lesson": task.lesson.model_dump(mode="json", exclude={"parallel"}),
         "limits": None if limits is None else [limits.epochs, limits.seconds, limits.joules],
     }
+
+
+class _Judge:
+    """Quality on the last windows against whom the model learns from, or was before."""
+
+    def __init__(self, windows: lesson_text.Windows, folder: Path, device: str) -> None:
+        self.windows, self.folder, self.device = windows, folder, device
+        self.reference: Any = None
+
+    def refer(self, model: Model, show: Progress) -> None:
+        """Take its predictions as the reference."""
+        from joulesmith.engines.torch_engine import TorchSession
+
+        with show.stage("reference") as tick, TorchSession(model.module, self.device) as session:
+            path = self.folder / "final.npy"
+            self.reference = write_reference(
+                session, self.windows.final, path, self.windows.judged, tick
+            )
+
+    def __call__(self, model: Model, tick: Any) -> Quality:
+        from joulesmith.engines.torch_engine import TorchSession
+
+        with TorchSession(model.module, self.device) as session:
+            scores = session.score(self.windows.final, self.reference.path, tick)
+        return judge(scores, self.reference)
+
+
+def in_turn(make: Callable[[], T]) -> T:
+    """The first rank, which writes files, and then the others, who read them."""
+    if rank() == 0:
+        found = make()
+        wait()
+        return found
+    wait()
+    return make()
 
 
 @dataclass
 class _Run:
     task: Task
+    me: Ranks
     workspace: Workspace
     out: Path
     show: Progress
     notes: list[str] = field(default_factory=list)
 
-    def go(self) -> TrainingResult:
+    def go(self) -> TrainingResult | None:
         from joulesmith.energy.meter import EnergyMeter
-        from joulesmith.engines.torch_engine import TorchSession
         from joulesmith.train.lesson import teach
 
-        task, show, work = self.task, self.show, self.workspace.work
-        device = device_of(task.device)
+        task, show, work, device = self.task, self.show, self.workspace.work, self.me.device
         with show.stage("load"):
-            model, teacher = self._models()
+            model, teacher = in_turn(self._models)
         learner = teacher if teacher is not None else model
         with show.stage("text") as tick:
-            windows = lesson_text.gather(
-                learner, task.text, task.evaluation, work,
-                length=task.length, most=task.most, seed=task.seed, progress=tick,
+            windows = in_turn(
+                lambda: lesson_text.gather(
+                    learner, task.text, task.evaluation, work,
+                    length=task.length, most=task.most, seed=task.seed, progress=tick,
+                )
             )  # fmt: skip
         if task.shrink is not None:
-            model = self._shrunk(model, windows)
+            in_turn(lambda: self._shrink(model, windows))
         most = int(model.module.config.max_position_embeddings)
         if task.length > most:
             raise JoulesmithError(
                 f"--length {task.length} is beyond the {most} tokens of the model's context: give "
                 "fewer"
             )
-        where = str(device)
-        with show.stage("reference") as tick, TorchSession(learner.module, where) as session:
-            reference = write_reference(
-                session, windows.final, work / "final.npy", windows.judged, tick
-            )
-
-        def judged(tick: Any) -> Quality:
-            with TorchSession(model.module, where) as session:
-                return judge(session.score(windows.final, reference.path, tick), reference)
-
+        judge = _Judge(windows, work, str(device))
         before = None
-        if teacher is not None:
-            show.expected.setdefault("before", 20)
-            with show.stage("before") as tick:
-                told = self.workspace.once("before", lambda: judged(tick).to_dict())
-                before = Quality(**told)
+        if self.me.first:
+            judge.refer(learner, show)
+            if teacher is not None:
+                show.expected.setdefault("before", 20)
+                with show.stage("before") as tick:
+                    found = self.workspace.once("before", lambda: judge(model, tick).to_dict())
+                    before = Quality(**found)
+        wait()
         for m in (model, teacher):
             if m is not None:
                 m.module.to(device)
@@ -251,26 +296,40 @@ class _Run:
                 teacher=teacher, limits=task.limits, known=windows.final, folder=work,
                 meter=meter, points=work / "points.jsonl", show=show,
             )  # fmt: skip
+        if not self.me.first:
+            return None
         if teacher is not None:
             teacher.module.to("cpu")
-        packed = self._packed(model, taught)
+        return self._written(model, teacher, windows, taught, judge, before)
+
+    def _written(
+        self,
+        model: Model,
+        teacher: Model | None,
+        windows: lesson_text.Windows,
+        taught: Taught,
+        judge: _Judge,
+        before: Quality | None,
+    ) -> TrainingResult:
+        """Judged as it will be stored, then stored, and in llama.cpp judged there too."""
+        from joulesmith.train.recover import to_gguf
+
+        task, show, work = self.task, self.show, self.workspace.work
+        packed = to_gguf(model, taught.packed)
         model.module.to("cpu")
         apply.as_stored(model, packed, vectors=task.format != forms.GGUF)
         with show.stage("judge") as tick:
-            after = judged(tick)
+            after = judge(model, tick)
         model.module.to("cpu")
         staged = work / ("staged.gguf" if task.format == forms.GGUF else "staged")
         shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed here
         with show.stage("write"):
             size = forms.write(task.format, model, packed, staged, None)
-        engine = engine_quality = None
-        if task.format == forms.GGUF:
-            engine, engine_quality = in_llama(staged, None, reference, show)
         result = self._result(model, teacher, windows, taught, before, after, size)
-        if engine is not None:
-            result = result.model_copy(
-                update={"engine": engine, "engine_quality": _figures(engine_quality)}
-            )
+        if task.format == forms.GGUF:
+            engine, quality = in_llama(staged, None, judge.reference, show)
+            update = {"engine": engine, "engine_quality": _figures(quality)}
+            result = result.model_copy(update=update)
         self._publish(staged, result)
         return result
 
@@ -306,7 +365,7 @@ class _Run:
         made.origin = f"fresh weights, seed {task.seed}, with the tokenizer of {base.name}"
         return made
 
-    def _shrunk(self, model: Model, windows: lesson_text.Windows) -> Model:
+    def _shrink(self, model: Model, windows: lesson_text.Windows) -> None:
         task = self.task
         assert task.shrink is not None
         step = shrink_step(shrink_parts(task.shrink), task.seed)
@@ -314,12 +373,6 @@ class _Run:
         with self.show.stage("shrink") as tick:
             record = step.apply(model, windows.train[:64], tick, self.workspace.work / "shrink")
         self.notes += record.notes
-        return model
-
-    def _packed(self, model: Model, taught: Taught) -> dict[str, Any]:
-        from joulesmith.train.recover import to_gguf
-
-        return to_gguf(model, taught.packed)
 
     def _result(
         self,
@@ -357,7 +410,7 @@ class _Run:
             bytes=size,
             parameters=model.parameters,
             teacher_parameters=None if teacher is None else teacher.parameters,
-            device=_device_words(device_of(task.device)),
+            device=_device_words(self.me),
             text=windows.text,
             windows=taught.windows,
             windows_of=taught.of,
@@ -386,7 +439,7 @@ class _Run:
             price=None if price is None else f"{price.price_per_kwh:g} {price.currency}/kWh",
             currency=None if price is None else price.currency,
             cost=None if t.joules is None or price is None else cost(t.joules, price),
-            scaling=None,
+            scaling=_scaling(t.scaling),
             settings=task.lesson.model_copy(update={"train": taught.settings}).model_dump(
                 mode="json"
             ),
@@ -456,9 +509,20 @@ def _told(q: Quality) -> QualityFigures:
     )  # fmt: skip
 
 
-def _device_words(device: torch.device) -> str:
+def _scaling(found: Any) -> Scaling | None:
+    if found is None:
+        return None
+    return Scaling(
+        ranks=found.ranks, plan=found.plan, speed_up=found.speed_up,
+        joules_ratio=found.joules_ratio, communication=found.communication, note=found.note,
+    )  # fmt: skip
+
+
+def _device_words(me: Ranks) -> str:
     import torch
 
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    return f"CPU, {torch.get_num_threads()} threads"
+    each = "" if me.world == 1 else f"{me.world} ranks of "
+    if me.device.type == "cuda":
+        return f"{each}{torch.cuda.get_device_name(me.device)}"
+    threads = torch.get_num_threads()
+    return f"{each}CPU, {threads} thread{'s' * (threads != 1)}"

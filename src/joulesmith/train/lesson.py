@@ -7,7 +7,6 @@ Knows models and windows; not where a text is from, nor what becomes of the mode
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +20,16 @@ from torch import nn
 from joulesmith.compress.checkpoint import digest
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Progress
-from joulesmith.train import data, loop, optimizers, schedule
+from joulesmith.ranks import rank, told, world
+from joulesmith.train import data, loop, rank_energy
 from joulesmith.train.data_settings import DataSettings
 from joulesmith.train.distil import Distil, check_tokenizers
 from joulesmith.train.lesson_settings import LessonSettings
+from joulesmith.train.modes import training
 from joulesmith.train.outputs import eager
+from joulesmith.train.parallel import spread
 from joulesmith.train.recover import Packed, prepared, recover
+from joulesmith.train.scaling import Probe
 from joulesmith.train.scores import HeldOut, scores
 from joulesmith.train.settings import TrainSettings
 from joulesmith.train.sparse import SparseTraining
@@ -121,7 +124,7 @@ def teach(
         given: dict[str, Any] = {
             "judge": HeldOut(held), "folder": None if folder is None else folder / "checkpoints",
             "meter": meter, "points": points, "progress": tick, "tell": show.say,
-            "save_seconds": s.save_seconds,
+            "save_seconds": s.save_seconds, "parallel": s.parallel,
         }  # fmt: skip
         if s.sparse is not None:
             hook = SparseTraining(module, s.sparse, settings)
@@ -156,7 +159,7 @@ class _Kept:
     def put(self, name: str, value: NDArray[np.float64]) -> None:
         from joulesmith.atomic import atomic_path
 
-        if self.folder is not None:
+        if self.folder is not None and rank() == 0:
             with atomic_path(self.folder / f"{name}.npy") as part, part.open("wb") as f:
                 np.save(f, value)
 
@@ -220,24 +223,34 @@ def counted(
     if limits.seconds is None and limits.joules is None:
         return t
     before = kept.array("steps")
-    if before is None:
-        seconds, joules = trial(s, module, windows, objective, meter, packed)
-        if limits.joules is not None and joules is None:
-            raise JoulesmithError(
-                "joules are unknown on this machine: see  joulesmith doctor, or give steps"
-            )
-        counts = [] if limits.seconds is None else [limits.seconds / seconds]
-        if limits.joules is not None and joules:
-            counts.append(limits.joules / joules)
-        if min(counts) < 1:
-            told = "" if joules is None else f" and {joules:.3g} J"
-            raise JoulesmithError(
-                f"the budget ends before the first step, which takes {seconds:.2g} s{told}: give "
-                "more, or a smaller batch"
-            )
-        before = np.array([float(int(min(counts)))])
+    if before is None or world() > 1:
+        found = None if before is None else float(before[0])
+        count = told(found)  # the first rank's, who wrote it
+        if count is None:
+            seconds, joules = trial(s, module, windows, objective, meter, packed)
+            count = told(affordable(limits, seconds, joules))
+        before = np.array([count])
         kept.put("steps", before)
     return t.model_copy(update={"steps": int(before[0]), "budget_joules": limits.joules})
+
+
+def affordable(limits: Limits, seconds: float, joules: float | None) -> float:
+    """Steps that the limits pay for, of so many seconds and joules each. Raises `JoulesmithError`
+    for joules that are unknown, and where they do not pay for one."""
+    if limits.joules is not None and joules is None:
+        raise JoulesmithError(
+            "joules are unknown on this machine: see  joulesmith doctor, or give steps"
+        )
+    counts = [] if limits.seconds is None else [limits.seconds / seconds]
+    if limits.joules is not None and joules:
+        counts.append(limits.joules / joules)
+    if min(counts) < 1:
+        told = "" if joules is None else f" and {joules:.3g} J"
+        raise JoulesmithError(
+            f"the budget ends before the first step, which takes {seconds:.2g} s{told}: give more, "
+            "or a smaller batch"
+        )
+    return float(int(min(counts)))
 
 
 def native_precision() -> str:
@@ -262,49 +275,17 @@ def trial(
     meter: Any,
     packed: Packed | None,
 ) -> tuple[float, float | None]:
-    """Seconds and joules of a step, medians of `TRIAL_STEPS` after one that warms up. Nothing
-    moves: the learning rate is 0."""
-    from joulesmith.energy.meter import EnergyMeter
-
-    found: list[tuple[float, float | None]] = []
+    """Seconds and joules of a step, of all ranks, means over `TRIAL_STEPS`. Nothing moves."""
+    found: tuple[float, float | None] = (0.0, None)
     with ExitStack() as stack:
-        used = meter if meter is not None else stack.enter_context(EnergyMeter())
+        used = stack.enter_context(rank_energy.meter_of_machine(meter))
         if s.distil.attention:
             stack.enter_context(eager(module))
         # An error leaves weights as they are, which putting the module together would round.
         stack.enter_context(suppress(_EnoughError))
         stack.enter_context(prepared(module, s.how, packed))
-        stack.enter_context(loop._training(module, s.train))
-        chosen = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        optimizer = optimizers.build(chosen, s.train)
-        optimizers.set_rate(optimizer, 0.0)
-        for i in range(TRIAL_STEPS + 1):
-            begun = time.perf_counter()
-            with used.window("trial") as window:
-                _gradients(module, windows, objective, s.train, i)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            if i:
-                found.append((time.perf_counter() - begun, window.reading.joules))
+        stack.enter_context(training(module, s.train))
+        shared = stack.enter_context(spread(module, s.parallel))
+        found = Probe(windows, objective, s.train, TRIAL_STEPS, used).cost(shared)
         raise _EnoughError
-    joules = [j for _, j in found if j is not None]
-    middle = float(np.median(joules)) if len(joules) == len(found) else None
-    return float(np.median([t for t, _ in found])), middle
-
-
-def _gradients(
-    module: nn.Module,
-    windows: NDArray[np.int32],
-    objective: loop.Objective,
-    s: TrainSettings,
-    step: int,
-) -> None:
-    """Those of a step's batch."""
-    at = schedule.windows_of(step, s.batch, len(windows), s.seed)
-    device = next(module.parameters()).device
-    for i in range(0, len(at), s.micro):
-        places = at[i : i + s.micro]
-        tokens = torch.from_numpy(windows[places].astype(np.int64)).to(device)
-        with loop._precision(s, device):
-            loss = objective(module, tokens, places)
-        (loss * (len(places) / len(at))).backward()  # type: ignore[no-untyped-call]
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from joulesmith.train.data_settings import DataSettings
+from joulesmith.train.parallel_settings import ParallelSettings
 from joulesmith.train.recover_settings import DistilSettings, RecoverSettings
 from joulesmith.train.settings import TrainSettings
 from joulesmith.train.sparse_settings import SparseSettings
@@ -15,7 +16,8 @@ class LessonSettings(BaseModel):
     how: what of the model trains. sparse: zeros that come and go while it trains, with every weight
     training. data: which windows. cache: the teacher is asked once and so many of its likeliest
     tokens are kept; 0 asks it in every step. points: of the energy-to-quality curve, in the place
-    of ``train.every``; 0 leaves that. save_seconds: between checkpoints.
+    of ``train.every``; 0 leaves that. save_seconds: between checkpoints. parallel: how ranks share
+    it, where there are several.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -27,6 +29,7 @@ class LessonSettings(BaseModel):
     cache: int = Field(default=0, ge=0)
     points: int = Field(default=0, ge=0)
     save_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
+    parallel: ParallelSettings = ParallelSettings()
 
     @model_validator(mode="after")
     def _together(self) -> LessonSettings:

@@ -32,8 +32,8 @@ class Scaling:
     rank and on all; joules_alone, joules: of the same, idle included. None is unknown, with why in
     ``note``.
 
-    One rank has all processor cores that it may use, as the command has without torchrun; of GPUs
-    its own counts. communication: share of a step's time in which a collective of the first rank is
+    One rank has all processor cores that it may use, as the command has without torchrun, or its
+    share of them where that is faster; of GPUs its own counts. communication: share of a step's time in which a collective of the first rank is
     under way, from its start until it is complete: waiting for slower ranks is in it, and so is
     what computing hides.
     """
@@ -74,11 +74,15 @@ class Probe:
         found: Any = None
         if rank() == 0:
             threads = torch.get_num_threads()
-            torch.set_num_threads(max(threads, cores()))
+            device = next(module.parameters()).device
+            tries = {threads, max(threads, cores())} if device.type == "cpu" else {threads}
             try:
                 with alone():
-                    seconds, reading = self._timed(Spread(module, module))
-                    found = seconds, _of_one(reading, next(module.parameters()).device)
+                    for count in tries:  # small models are slower with more threads
+                        torch.set_num_threads(count)
+                        seconds, reading = self._timed(Spread(module, module))
+                        if found is None or seconds < found[0]:
+                            found = seconds, _of_one(reading, device)
             except torch.OutOfMemoryError:
                 self.note = "the model does not fit on one rank"
                 if torch.cuda.is_available():
@@ -90,17 +94,21 @@ class Probe:
 
     def on_all(self, spread: Spread) -> Scaling:
         """All ranks together, and what both came to."""
-        wait()
-        seconds, reading = self._timed(spread, wait)
-        joules, unknown = added([reading.joules or 0.0, float(reading.joules is None)])
+        seconds, joules = self.cost(spread)
         share = told(self._communication(spread))
         return Scaling(
             world(), spread.plan,
             None if self.one is None else self.one[0], seconds,
             None if self.one is None else self.one[1],
-            None if unknown else joules / self.steps,
-            share, self.note,
+            joules, share, self.note,
         )  # fmt: skip
+
+    def cost(self, spread: Spread) -> tuple[float, float | None]:
+        """Seconds and joules of a step, of all ranks. All call it."""
+        wait()
+        seconds, reading = self._timed(spread, wait)
+        joules, unknown = added([reading.joules or 0.0, float(reading.joules is None)])
+        return seconds, None if unknown else joules / self.steps
 
     def _timed(self, spread: Spread, meet: Any = lambda: None) -> tuple[float, Any]:
         """Seconds of a step, and the reading of all of them."""
@@ -117,7 +125,7 @@ class Probe:
 
     def _communication(self, spread: Spread) -> float | None:
         """Share of a step's time."""
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it talks to stderr
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # it talks to stderr
         from torch.profiler import ProfilerActivity, profile
 
         activities = [ProfilerActivity.CPU]
