@@ -17,6 +17,7 @@ from joulesmith.errors import JoulesmithError
 from joulesmith.plan.damage import INPUTS, Correction, group
 from joulesmith.plan.solve import Choice, Option, solve
 from joulesmith.progress import Tick, silent
+from joulesmith.ranks import shared
 
 if TYPE_CHECKING:
     from joulesmith.quality import Quality
@@ -122,10 +123,20 @@ def correct(
         for g in groups:
             correction.learn(g, INPUTS, inputs, measured - weights)
             correction.learn(g, fine, weights, weights)
-    for i, (g, k) in enumerate(todo):
-        progress((i + 1) / (len(todo) + 1))
-        if found := change(k, [g]):
-            measured, weights, inputs = found
+    done = 0
+
+    def changes(part: Sequence[tuple[str, str]]) -> list[tuple[float, float, float] | None]:
+        nonlocal done
+        found = []
+        for g, k in part:
+            done += 1
+            progress(done / (len(part) + 1))
+            found.append(change(k, [g]))
+        return found
+
+    for (g, k), seen in zip(todo, shared(todo, changes), strict=True):
+        if seen:
+            measured, weights, inputs = seen
             correction.learn(g, k, weights, measured - inputs * correction.factor(g, INPUTS))
     progress(1.0)
     return correction

@@ -75,11 +75,22 @@ def build(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> Op
     if s.optimizer == "momentum":
         return torch.optim.SGD(both, lr=s.rate, momentum=0.9, nesterov=True)
     if s.optimizer == "adafactor":
+        if any(hasattr(p, "device_mesh") for p in chosen.values()):
+            raise JoulesmithError(
+                "adafactor needs whole matrices, of which ranks hold parts here: train with adamw, "
+                'or data "replicate" and no tensor parallel'
+            )
         return torch.optim.Adafactor(both, lr=s.rate)
     if s.optimizer == "adamw":
         return torch.optim.AdamW(both, lr=s.rate, betas=(0.9, 0.95), eps=1e-8)
     inner = {n: p for n, p in matrices.items() if p.ndim == 2 and not _end(n)}
     left = [p for n, p in matrices.items() if n not in inner]
+    meshes: list[Any] = [getattr(p, "device_mesh", None) for p in chosen.values()]
+    if any(m is not None and m.ndim > 1 for m in meshes):
+        raise JoulesmithError(  # torch's products of such parts are wrong
+            "muon does not go with shards of split matrices: train with adamw, or without one of "
+            "the two"
+        )
     parts: list[Optimizer] = []
     if inner:
         found = torch.optim.Muon(list(inner.values()), lr=s.rate, weight_decay=s.decay)

@@ -8,6 +8,7 @@ group that torchrun starts, `spread` is for the loop, and after it the module is
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import warnings
 from collections import Counter
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from joulesmith.errors import JoulesmithError
-from joulesmith.ranks import rank, world
+from joulesmith.ranks import added, rank, world
 from joulesmith.train.group import Ranks, ranks
 from joulesmith.train.optimizers import by_mesh
 from joulesmith.train.parallel_settings import ParallelSettings
@@ -86,6 +87,8 @@ class Spread:
         ]
         norms = [float(_whole(n)) for _, n in parts]
         total = math.hypot(*norms)
+        if self.moved:  # sums of parts may differ by a bit between ranks, which would drift apart
+            total = added([total])[0] / world()
         if math.isfinite(total) and total > most:
             for ps, norm in parts:
                 nn.utils.clip_grads_with_norm_(ps, most, torch.full_like(_whole(norm), total))
@@ -140,6 +143,8 @@ def spread(
     over = None
     if data > 1 and settings.data == "shard":
         _shard(shell, mesh["data"])
+        if settings.tensor > 1:  # it warns of every gathering over two dimensions
+            logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         words.append(f"weights and optimizer states in shards over {data} (FSDP2)")
     elif data > 1:
         over = mesh["data"].get_group()

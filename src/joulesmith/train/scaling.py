@@ -33,9 +33,9 @@ class Scaling:
     ``note``.
 
     One rank has all processor cores that it may use, as the command has without torchrun, or its
-    share of them where that is faster; of GPUs its own counts. communication: share of a step's time in which a collective of the first rank is
-    under way, from its start until it is complete: waiting for slower ranks is in it, and so is
-    what computing hides.
+    share of them where that is faster; of GPUs its own counts. communication: share of a step's
+    time in which a collective of the first rank is under way, from its start until it is complete:
+    waiting for slower ranks is in it, and so is what computing hides.
     """
 
     ranks: int
