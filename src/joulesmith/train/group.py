@@ -27,10 +27,11 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
 from joulesmith.errors import JoulesmithError
-from joulesmith.ranks import gathered, wait
+from joulesmith.ranks import gathered
 
-TIMEOUT = 1800.0
-"""Seconds that ranks wait for one that is alive and does not come."""
+TIMEOUT = 7200.0
+"""Seconds that ranks wait for one that is alive and does not come: the first may be reading or
+judging for long. That a process of this machine ended is seen at once."""
 _LOOK, _GRACE, _PATIENCE = 0.5, 5.0, 2.0
 """Seconds between looks at the others; that the program has to leave by itself; until a process
 that closed its connections has ended."""
@@ -59,6 +60,10 @@ class Ranks:
 
 class _StoppedError(BaseException):
     """SIGTERM. No `Exception`: what catches errors of any kind must not keep it."""
+
+
+class _LostError(Exception):
+    """A rank ended before it was done."""
 
 
 @contextmanager
@@ -161,7 +166,7 @@ class _Group:
         try:
             yield
             self._over.set()
-            wait()
+            self._leave()
         except BaseException as e:
             self._over.set()
             found = self._ended(e)
@@ -178,11 +183,29 @@ class _Group:
             if before is not None:
                 signal.signal(signal.SIGTERM, before)
 
+    def _leave(self) -> None:
+        """Until all ranks are done, however long one of them still works; the first, which may
+        keep the store, leaves last."""
+        me, every = self.me, range(self.me.world)
+        self.store.set(f"{self._key}/done/{me.rank}", "1")
+        while not self.store.check([f"{self._key}/done/{r}" for r in every]):
+            if any(not self.store.check([f"{self._key}/done/{r}"]) for r in self.dead()):
+                raise _LostError
+            time.sleep(_LOOK / 5)
+        if not me.first:
+            self.store.set(f"{self._key}/left/{me.rank}", "1")
+            return
+        until = time.monotonic() + _GRACE
+        while time.monotonic() < until and not self.store.check(
+            [f"{self._key}/left/{r}" for r in every if r]
+        ):
+            time.sleep(_LOOK / 50)
+
     def _ended(self, e: BaseException) -> BaseException:
         """What is raised in its place, on this rank."""
         if isinstance(e, KeyboardInterrupt | SystemExit | GeneratorExit):
             return e
-        lost = isinstance(e, _StoppedError) or _of_group(e)
+        lost = isinstance(e, _StoppedError | _LostError) or _of_group(e)
         if lost:
             line = self._line(e)
             return JoulesmithError(line) if self._claim() else SystemExit(2)
@@ -199,7 +222,7 @@ class _Group:
         if dead:
             names = ", ".join(f"{r} (process {self.peers[r][0]})" for r in dead)
             what = f"rank{'s' * (len(dead) > 1)} {names} of {me.world} ended unexpectedly"
-        elif isinstance(e, _StoppedError) or e is None:
+        elif isinstance(e, _StoppedError | _LostError) or e is None:
             what = f"rank {me.rank} of {me.world} was asked to stop"
         else:
             what = f"rank {me.rank} of {me.world} lost the others: {_short(e)}"
