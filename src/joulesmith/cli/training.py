@@ -97,6 +97,10 @@ Select = Annotated[
         "model's own without one); gradient:high=0.5; learnable:high=0.5 (needs a teacher).",
     ),
 ]
+StartLength = Annotated[
+    int,
+    typer.Option(help="Begin with windows cut to so many tokens, a divisor of --length; 0: whole."),
+]
 Cache = Annotated[
     int,
     typer.Option(help="Ask the teacher once and keep so many likeliest tokens; 0: in each step."),
@@ -170,6 +174,7 @@ def train(
     sparse: Sparse = None,
     repeats: Repeats = None,
     select: Select = None,
+    start_length: StartLength = 0,
     device: Device = "auto",
     data: Data = "replicate",
     tensor: Tensor = 1,
@@ -187,7 +192,7 @@ def train(
     lesson, limits = _lesson(
         steps, epochs, time_, budget, next_percent, every, batch, micro, optimizer,
         rate or _rate(optimizer, 1.0 if fresh else 0.1), schedule, precision, recompute, seed,
-        sparse, repeats, select, {"hard": 1.0, "soft": 0.0}, {}, 0, data, tensor,
+        sparse, repeats, select, {"hard": 1.0, "soft": 0.0}, {}, 0, data, tensor, start_length,
     )  # fmt: skip
     _run(
         "train", model, out, lesson, limits, json_,
@@ -237,6 +242,7 @@ def distill(
     sparse: Sparse = None,
     repeats: Repeats = None,
     select: Select = None,
+    start_length: StartLength = 0,
     device: Device = "auto",
     data: Data = "replicate",
     tensor: Tensor = 1,
@@ -259,7 +265,7 @@ def distill(
     lesson, limits = _lesson(
         steps, epochs, time_, budget, next_percent, every, batch, micro, optimizer,
         rate or _rate(optimizer, 1.0 if fresh else 0.3), schedule, precision, recompute, seed,
-        sparse, repeats, select, distil, {}, cache, data, tensor,
+        sparse, repeats, select, distil, {}, cache, data, tensor, start_length,
     )  # fmt: skip
     _run(
         "distill", teacher, out, lesson, limits, json_,
@@ -315,6 +321,7 @@ def recover(
     recompute: Recompute = False,
     repeats: Repeats = None,
     select: Select = None,
+    start_length: StartLength = 0,
     device: Device = "auto",
     data: Data = "replicate",
     tensor: Tensor = 1,
@@ -337,7 +344,7 @@ def recover(
     lesson, limits = _lesson(
         steps, epochs, time_, budget, next_percent, every, batch, micro, optimizer,
         rate or _rate(optimizer, share), schedule, precision, recompute, seed, None, repeats,
-        select, distil, how, cache, data, tensor,
+        select, distil, how, cache, data, tensor, start_length,
     )  # fmt: skip
     _run(
         "recover", model, out, lesson, limits, json_,
@@ -360,6 +367,7 @@ def _lesson(
     rate: float, schedule: str, precision: str | None, recompute: bool, seed: int,
     sparse: str | None, repeats: float | None, select: str | None, distil: dict[str, Any],
     how: dict[str, Any], cache: int, data: str, tensor: int,
+    start_length: int,
 ) -> tuple[LessonSettings, Limits]:  # fmt: skip
     """Options -> settings. Raises `JoulesmithError` in one line."""
     from pydantic import ValidationError
@@ -385,6 +393,7 @@ def _lesson(
             "optimizer": optimizer, "rate": rate, "schedule": schedule,
             "precision": precision or native_precision(), "recompute": recompute,
             "every": every or 0, "seed": seed, "budget_joules": joules,
+            "start_length": start_length,
             "joules_per_percent": None if next_percent is None
             else parse_joules(next_percent, "--next-percent"),
         },

@@ -28,7 +28,7 @@ from joulesmith.job.compress import shrink_parts, shrink_step
 from joulesmith.job.quantize import check_out, in_llama
 from joulesmith.progress import Progress
 from joulesmith.quality import Quality, judge, write_reference
-from joulesmith.ranks import rank, wait
+from joulesmith.ranks import alone, rank, wait
 from joulesmith.report.result import QualityFigures
 from joulesmith.report.training_result import (
     TRAINING,
@@ -238,11 +238,13 @@ class _Judge:
 def in_turn(make: Callable[[], T]) -> T:
     """The first rank, which writes files, and then the others, who read them."""
     if rank() == 0:
-        found = make()
+        with alone():
+            found = make()
         wait()
         return found
     wait()
-    return make()
+    with alone():
+        return make()
 
 
 @dataclass

@@ -20,7 +20,7 @@ from torch import nn
 from joulesmith.compress.checkpoint import digest
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Progress
-from joulesmith.ranks import rank, told, world
+from joulesmith.ranks import rank, shared, told, world
 from joulesmith.train import data, loop, rank_energy
 from joulesmith.train.data_settings import DataSettings
 from joulesmith.train.distil import Distil, check_tokenizers
@@ -28,9 +28,10 @@ from joulesmith.train.lesson_settings import LessonSettings
 from joulesmith.train.modes import training
 from joulesmith.train.outputs import eager
 from joulesmith.train.parallel import spread
+from joulesmith.train.passes import leaves_out
 from joulesmith.train.recover import Packed, prepared, recover
 from joulesmith.train.scaling import Probe
-from joulesmith.train.scores import HeldOut, scores
+from joulesmith.train.scores import HeldOut, Score, scores
 from joulesmith.train.settings import TrainSettings
 from joulesmith.train.sparse import SparseTraining
 from joulesmith.train.teacher import cache_top
@@ -112,8 +113,9 @@ def teach(
         show.expected.setdefault("teacher", 40)
         with show.stage("teacher") as tick:
             cache = cache_top(
-                teacher.module, mine, s.cache, folder / "teacher", vocab=vocab, progress=tick
-            )
+                teacher.module, mine, s.cache, folder / "teacher", vocab=vocab,
+                precision=s.train.precision, progress=tick,
+            )  # fmt: skip
     asked = teacher.module if teacher is not None and s.asks else None
     objective = Distil(s.distil, teacher=asked, cache=cache, vocab=vocab, eos=student.tokenizer.eos)
     settings = counted(s, limits or Limits(), module, mine, objective, kept, meter, packed)
@@ -128,9 +130,9 @@ def teach(
         }  # fmt: skip
         if s.sparse is not None:
             hook = SparseTraining(module, s.sparse, settings)
-            told = digest(s.distil.model_dump(), teacher and teacher.module, module)
+            which = digest(s.distil.model_dump(), teacher and teacher.module, module)
             trained = loop.train(
-                module, mine, objective, settings, hook=hook, identity=told, **given
+                module, mine, objective, settings, hook=hook, identity=which, **given
             )
             return Taught(trained, len(mine), len(windows), repeats, settings, {}, hook.sparsity)
         found = recover(
@@ -186,18 +188,25 @@ def chosen(
         return at, repeats
     if s.by == "learnable" and teacher is None:
         raise JoulesmithError("what is learnable is told by a teacher: give one, or another --by")
-    found = kept.array("scores")
-    if found is None or len(found) != len(at):
+    before = kept.array("scores") if rank() == 0 else None
+    found = told(None if before is None or len(before) != len(at) else before.tolist())
+    if found is None:
         show.expected.setdefault("choose", 20)
         with show.stage("choose") as tick:
+
+            def every(m: nn.Module, kind: Score = "loss") -> NDArray[np.float64]:
+                part: list[float] = shared(
+                    at.tolist(), lambda mine: scores(m, windows[list(mine)], kind, tick).tolist()
+                )
+                return np.asarray(part, np.float64)
+
             judge = module if teacher is None else teacher.module
             if s.by == "learnable":
-                best = scores(judge, windows[at], progress=lambda x: tick(x / 2))
-                now = scores(module, windows[at], progress=lambda x: tick(0.5 + x / 2))
-                found = data.learnable(now, best)
+                found = data.learnable(every(module), every(judge))
             else:
-                found = scores(judge, windows[at], s.by, tick)
+                found = every(judge, s.by)
         kept.put("scores", found)
+    found = np.asarray(found, np.float64)
     return at[data.by_score(found, s.share, s.keep)], repeats
 
 
@@ -231,7 +240,10 @@ def counted(
             count = told(affordable(limits, seconds, joules))
         before = np.array([count])
         kept.put("steps", before)
-    return t.model_copy(update={"steps": int(before[0]), "budget_joules": limits.joules})
+    update = {
+        "steps": int(before[0]), "budget_joules": limits.joules, "budget_seconds": limits.seconds,
+    }  # fmt: skip
+    return t.model_copy(update=update)
 
 
 def affordable(limits: Limits, seconds: float, joules: float | None) -> float:
@@ -245,10 +257,10 @@ def affordable(limits: Limits, seconds: float, joules: float | None) -> float:
     if limits.joules is not None and joules:
         counts.append(limits.joules / joules)
     if min(counts) < 1:
-        told = "" if joules is None else f" and {joules:.3g} J"
+        joined = "" if joules is None else f" and {joules:.3g} J"
         raise JoulesmithError(
-            f"the budget ends before the first step, which takes {seconds:.2g} s{told}: give more, "
-            "or a smaller batch"
+            f"the budget ends before the first step, which takes {seconds:.2g} s{joined}: give "
+            "more, or a smaller batch"
         )
     return float(int(min(counts)))
 
@@ -285,7 +297,9 @@ def trial(
         stack.enter_context(suppress(_EnoughError))
         stack.enter_context(prepared(module, s.how, packed))
         stack.enter_context(training(module, s.train))
-        shared = stack.enter_context(spread(module, s.parallel))
-        found = Probe(windows, objective, s.train, TRIAL_STEPS, used).cost(shared)
+        replicated = world() > 1 and s.parallel.data == "replicate" and s.parallel.tensor == 1
+        out = replicated and leaves_out(module, windows, objective, s.train)
+        together = stack.enter_context(spread(module, s.parallel, out))
+        found = Probe(windows, objective, s.train, TRIAL_STEPS, used).cost(together)
         raise _EnoughError
     return found

@@ -35,6 +35,8 @@ class LessonSettings(BaseModel):
     def _together(self) -> LessonSettings:
         if self.sparse is not None and self.how.mode != "full":
             raise ValueError(f"sparse training trains every weight: not with mode {self.how.mode}")
+        if self.cache and self.train.start_length:
+            raise ValueError("a cache is of whole windows: give no start_length")
         if self.cache and not self.distil.soft:
             raise ValueError("a cache keeps a teacher's predictions: give soft a weight")
         return self

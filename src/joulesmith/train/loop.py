@@ -28,11 +28,12 @@ from joulesmith.energy.training import LoopMeter
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Tick, silent
 from joulesmith.ranks import added, rank, world
+from joulesmith.ranks import told as told_by_first
 from joulesmith.train import budget, checkpoint, group, optimizers, rank_energy, schedule
 from joulesmith.train.modes import precision as _precision
 from joulesmith.train.modes import training as _training
 from joulesmith.train.parallel import ParallelSettings, Spread, moved_hook, spread
-from joulesmith.train.passes import gradients, leaves_out
+from joulesmith.train.passes import gradients, leaves_out, length_of
 from joulesmith.train.scaling import Probe, Scaling
 from joulesmith.train.settings import TrainSettings
 
@@ -212,6 +213,7 @@ class _Run:
         self.save_seconds, self.progress = save_seconds, progress
         self.device = next(p for p in self.module.parameters() if p.requires_grad).device
         self.saved_at, self.saved_step = time.monotonic(), -1
+        self.judged_step = -1
         self.spent = 0.0
 
     def go(self) -> str:
@@ -232,7 +234,8 @@ class _Run:
             if not stopped and _any(due):  # clocks of ranks differ; all save or none
                 self._save()
         if state.step != self.saved_step:
-            self._judge()
+            if state.step != self.judged_step:
+                self._judge()
             self._save()
         return stopped
 
@@ -252,16 +255,24 @@ class _Run:
             self.spent = added([self.loop.spent])[0]
         if s.budget_joules is not None and self.spent >= s.budget_joules:
             stop = f"the budget of {s.budget_joules:g} J is spent"
+        elif s.budget_seconds is not None and self._seconds() >= s.budget_seconds:
+            stop = f"the {s.budget_seconds:g} s are over"
         elif s.joules_per_percent is not None:
             known = [(j, x) for j, x in self.state.curve if j is not None]
             if budget.enough(known, s.joules_per_percent):
                 stop = f"the next percent of quality costs more than {s.joules_per_percent:g} J"
         return stop
 
+    def _seconds(self) -> float:
+        """Of training, by the first rank's clock."""
+        return float(told_by_first(self.loop.seconds))
+
     def _step(self, step: int) -> None:
         s = self.s
         optimizers.set_rate(self.optimizer, schedule.rate(s, (step + 0.5) / s.steps))
-        count = s.batch * (self.windows.shape[1] - 1)
+        whole = self.windows.shape[1]
+        pieces = whole // length_of(s, step, whole)
+        count = s.batch * (whole - pieces)  # the first of a piece is not predicted
         with self.loop.step(tokens=count, samples=s.batch) as told:
             total = gradients(self.shared, self.windows, self.objective, s, step, self.device)
             told.loss = total
@@ -296,6 +307,7 @@ class _Run:
         self.loop.record(eval_loss=loss)
         joules = rank_energy.joules_now(self.loop)
         self.state.curve.append((joules, loss))
+        self.judged_step = self.state.step
         spent = "" if joules is None else f", {joules:.4g} J"
         self.tell(f"step {self.state.step}: held-out loss {loss:.4f}{spent}")
 

@@ -23,15 +23,20 @@ def training(module: nn.Module, settings: TrainSettings) -> Iterator[None]:
     module.train()
     if cache is not None:
         config.use_cache = False
+    # transformers 5.18 and later have it under the second name
+    word = next(
+        (w for w in ("activation", "gradient") if hasattr(module, f"{w}_checkpointing_enable")),
+        None,
+    )
     if settings.recompute:
-        if not hasattr(module, "gradient_checkpointing_enable"):
+        if word is None:
             raise JoulesmithError(f"{type(module).__name__} cannot recompute its activations")
-        recomputing.gradient_checkpointing_enable({"use_reentrant": False})
+        getattr(recomputing, f"{word}_checkpointing_enable")({"use_reentrant": False})
     try:
         yield
     finally:
         if settings.recompute:
-            recomputing.gradient_checkpointing_disable()
+            getattr(recomputing, f"{word}_checkpointing_disable")()
         if cache is not None:
             config.use_cache = cache
         module.train(before)

@@ -81,8 +81,10 @@ def build(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> Op
                 'or data "replicate" and no tensor parallel'
             )
         return torch.optim.Adafactor(both, lr=s.rate)
+    # One pass over memory; of parts that ranks hold, torch's usual way.
+    fused = not any(hasattr(p, "device_mesh") for p in chosen.values())
     if s.optimizer == "adamw":
-        return torch.optim.AdamW(both, lr=s.rate, betas=(0.9, 0.95), eps=1e-8)
+        return torch.optim.AdamW(both, lr=s.rate, betas=(0.9, 0.95), eps=1e-8, fused=fused)
     inner = {n: p for n, p in matrices.items() if p.ndim == 2 and not _end(n)}
     left = [p for n, p in matrices.items() if n not in inner]
     meshes: list[Any] = [getattr(p, "device_mesh", None) for p in chosen.values()]
@@ -96,7 +98,7 @@ def build(parameters: Mapping[str, nn.Parameter], settings: TrainSettings) -> Op
         found = torch.optim.Muon(list(inner.values()), lr=s.rate, weight_decay=s.decay)
         parts.append(found)
     if ends := groups(left, rest):
-        parts.append(torch.optim.AdamW(ends, lr=s.rate, betas=(0.9, 0.95), eps=1e-8))
+        parts.append(torch.optim.AdamW(ends, lr=s.rate, betas=(0.9, 0.95), eps=1e-8, fused=fused))
     for i, part in enumerate(parts):
         for group in part.param_groups:
             group["share"] = 1.0 if i == 0 and inner else ADAM_SHARE

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from joulesmith.ranks import added, alone
-from joulesmith.train import schedule
+from joulesmith.train import data, schedule
 from joulesmith.train.modes import precision
 from joulesmith.train.settings import TrainSettings
 
@@ -39,6 +39,14 @@ def leaves_out(
     return added([float(missing)])[0] > 0
 
 
+def length_of(s: TrainSettings, step: int, length: int) -> int:
+    """Tokens of the pieces that windows of ``length`` are cut to. Raises `JoulesmithError` for a
+    start that does not divide it."""
+    if not s.start_length:
+        return length
+    return data.length_at(step / s.steps, length, s.start_length, s.short)
+
+
 def gradients(
     spread: Spread,
     windows: NDArray[np.int32],
@@ -53,9 +61,10 @@ def gradients(
     mine = at[spread.data_rank :: spread.data_world]
     torch.manual_seed(s.seed * 1_000_003 + step * spread.data_world + spread.data_rank)
     total = torch.zeros((), device=device)
+    length = length_of(s, step, windows.shape[1])
     for i in range(0, len(mine), s.micro):
         places = mine[i : i + s.micro]
-        tokens = torch.from_numpy(windows[places].astype(np.int64)).to(device)
+        tokens = torch.from_numpy(data.cut(windows[places], length).astype(np.int64)).to(device)
         share = len(places) / len(mine)
         with spread.passes(last=i + s.micro >= len(mine)):
             with precision(s, device):

@@ -18,8 +18,11 @@ class TrainSettings(BaseModel):
     matrices. clip: largest norm of the gradient, 0 for none. precision: of products (autocast);
     weights and optimizer states are float32. recompute: activations again in the backward pass
     (gradient checkpointing). every: steps between evaluations, 0 for the end alone.
-    budget_joules: stop when so many are spent. joules_per_percent: stop when the next percent of
-    quality costs more. seed: of the order of windows and of all that is drawn.
+    budget_joules, budget_seconds: stop when so many are spent, evaluations not counted.
+    joules_per_percent: stop when the next percent of
+    quality costs more. start_length: tokens that windows are cut to at first, a divisor of theirs,
+    0 for whole ones; they grow until ``short`` of the steps are done (Li, Zhang and He 2022). seed:
+    of the order of windows and of all that is drawn.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -37,5 +40,8 @@ class TrainSettings(BaseModel):
     recompute: bool = False
     every: int = Field(default=0, ge=0)
     budget_joules: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    budget_seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     joules_per_percent: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    start_length: int = Field(default=0, ge=0)
+    short: float = Field(default=0.3, gt=0, le=1)
     seed: int = Field(default=0, ge=0)
