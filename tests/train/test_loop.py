@@ -229,3 +229,30 @@ def test_modes_are_put_back() -> None:
     module = small().eval()
     go(module, steps=1)
     assert not module.training
+
+
+def test_short_windows_first() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def noted(module: nn.Module, tokens: Tensor, places: NDArray[np.int64]) -> Tensor:
+        seen.append(tuple(tokens.shape))
+        return objective(module, tokens, places)
+
+    settings = TrainSettings(steps=10, batch=4, micro=4, start_length=3, short=0.5)
+    module = small()
+    train(module, WINDOWS, noted, settings)
+    assert [n * length for n, length in seen] == [48] * 10, "the same tokens"
+    lengths = [length for _, length in seen]
+    assert lengths[0] == 3 and lengths == sorted(lengths) and lengths[5:] == [12] * 5
+    with pytest.raises(JoulesmithError, match="divisor"):
+        train(small(), WINDOWS, noted, settings.model_copy(update={"start_length": 5}))
+
+
+def test_a_time_ends_it(tmp_path: Path) -> None:
+    found = go(steps=100_000, budget_seconds=1e-6)
+    assert found.steps < 100_000 and "s are over" in found.stopped
+
+
+def test_the_end_is_judged_once() -> None:
+    found = go(steps=12, every=6, judge=judge)
+    assert len(found.curve) == 3
