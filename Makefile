@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= joulesmith-out/demo
+# Small models are faster on one thread each; a worker holds up to 3 GB.
+WORKERS ?= 2
 
 .PHONY: demo test lint env model clean
 
@@ -30,7 +32,7 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 test: lint $(VENV)/.model
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache

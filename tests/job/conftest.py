@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import io
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
+import torch
 from runner import Run
 
 from tiny import write_tiny
@@ -28,33 +31,61 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def joulesmith(cache: Path) -> Run:
-    """Run the command; ``until``: a text in the log at which ``send`` is delivered."""
+def joulesmith(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run the command, in this process, which has torch and all else; ``until``: in one of its own,
+    a text in the log at which ``send`` is delivered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def run(
         *words: object, until: str | None = None, send: int = signal.SIGKILL
     ) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "joulesmith", *map(str, words)]
-        env = {**os.environ, "XDG_CACHE_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
-        with subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-            # A background shell hands on SIGINT ignored; a terminal does not.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        ) as process:
-            assert process.stdout is not None and process.stderr is not None
-            log = ""
-            if until is not None:
-                for line in process.stderr:
-                    log += line
-                    if until in line:
-                        time.sleep(0.05)
-                        process.send_signal(send)
-                        break
-            out, rest = process.communicate(timeout=300)
-            return subprocess.CompletedProcess(command, process.returncode, out, log + rest)
+        given = [str(w) for w in words]
+        return _here(given) if until is None else _signalled(given, until, send)
 
     return run
+
+
+def _here(words: list[str]) -> subprocess.CompletedProcess[str]:
+    from joulesmith.cli import main
+
+    out, log, code = io.StringIO(), io.StringIO(), 0
+    threads = torch.get_num_threads()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(log),
+    ):
+        patch.setattr(sys, "argv", ["joulesmith", *words])
+        try:
+            main()
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else int(e.code is not None)
+        except Exception:
+            traceback.print_exc()  # as the interpreter would
+            code = 1
+        finally:
+            torch.set_num_threads(threads)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), log.getvalue())
+
+
+def _signalled(words: list[str], until: str, send: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "joulesmith", *words]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A background shell hands on SIGINT ignored; a terminal does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        log = ""
+        for line in process.stderr:
+            log += line
+            if until in line:
+                time.sleep(0.05)
+                process.send_signal(send)
+                break
+        out, rest = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(command, process.returncode, out, log + rest)

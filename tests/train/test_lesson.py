@@ -134,6 +134,7 @@ def test_settings_that_do_not_go_together() -> None:
         ({"cache": 8, "distil": {"hard": 1, "soft": 0}}, "give soft a weight"),
         ({"cache": 8, "train": {"steps": 1, "start_length": 4}}, "whole windows"),
         ({"data": {"by": "loss"}}, "give a share"),
+        ({"compiled": True, "distil": {"on_policy": 0.5}}, "one length"),
     ):
         with pytest.raises(ValidationError, match=told):
             LessonSettings(**bad)

@@ -26,7 +26,7 @@ from joulesmith.train.data_settings import DataSettings
 from joulesmith.train.distil import Distil, check_tokenizers
 from joulesmith.train.lesson_settings import LessonSettings
 from joulesmith.train.modes import training
-from joulesmith.train.outputs import eager
+from joulesmith.train.outputs import device_of, eager, fused, plainly
 from joulesmith.train.parallel import spread
 from joulesmith.train.passes import leaves_out
 from joulesmith.train.recover import Packed, prepared, recover
@@ -118,13 +118,21 @@ def teach(
             )  # fmt: skip
     asked = teacher.module if teacher is not None and s.asks else None
     objective = Distil(s.distil, teacher=asked, cache=cache, vocab=vocab, eos=student.tokenizer.eos)
-    settings = counted(s, limits or Limits(), module, mine, objective, kept, meter, packed)
-    if s.points and not settings.every:
-        settings = settings.model_copy(update={"every": -(-settings.steps // s.points)})
-    show.expected["train"] = 200.0
-    with show.stage("train") as tick:
+    with ExitStack() as stack:
+        if (
+            s.compiled
+            and device_of(module).type == "cpu"
+            and not stack.enter_context(fused(module))
+        ):
+            show.say("no C++ compiler: blocks are not compiled")
+        settings = counted(s, limits or Limits(), module, mine, objective, kept, meter, packed)
+        if s.points and not settings.every:
+            settings = settings.model_copy(update={"every": -(-settings.steps // s.points)})
+        show.expected["train"] = 200.0
+        tick = stack.enter_context(show.stage("train"))
+        judge = HeldOut(held)
         given: dict[str, Any] = {
-            "judge": HeldOut(held), "folder": None if folder is None else folder / "checkpoints",
+            "judge": _Plainly(judge) if s.compiled else judge, "folder": None if folder is None else folder / "checkpoints",
             "meter": meter, "points": points, "progress": tick, "tell": show.say,
             "save_seconds": s.save_seconds, "parallel": s.parallel,
         }  # fmt: skip
@@ -141,6 +149,17 @@ def teach(
             eos=student.tokenizer.eos, **given,
         )  # fmt: skip
     return Taught(found.trained, len(mine), len(windows), repeats, settings, dict(found.packed))
+
+
+class _Plainly:
+    """A judge that calls nothing compiled, which would be compiled again for its shapes."""
+
+    def __init__(self, judge: loop.Judge) -> None:
+        self.judge = judge
+
+    def __call__(self, module: nn.Module) -> float:
+        with plainly():
+            return self.judge(module)
 
 
 class _Kept:

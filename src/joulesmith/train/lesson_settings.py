@@ -17,7 +17,8 @@ class LessonSettings(BaseModel):
     training. data: which windows. cache: the teacher is asked once and so many of its likeliest
     tokens are kept; 0 asks it in every step. points: of the energy-to-quality curve, in the place
     of ``train.every``; 0 leaves that. save_seconds: between checkpoints. parallel: how ranks share
-    it, where there are several.
+    it, where there are several. compiled: the blocks, on a processor: steps of large models take
+    about half the time after a minute or two; nothing changes without a C++ compiler.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -30,6 +31,7 @@ class LessonSettings(BaseModel):
     points: int = Field(default=0, ge=0)
     save_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
     parallel: ParallelSettings = ParallelSettings()
+    compiled: bool = False
 
     @model_validator(mode="after")
     def _together(self) -> LessonSettings:
@@ -37,6 +39,11 @@ class LessonSettings(BaseModel):
             raise ValueError(f"sparse training trains every weight: not with mode {self.how.mode}")
         if self.cache and self.train.start_length:
             raise ValueError("a cache is of whole windows: give no start_length")
+        if self.compiled and (self.distil.on_policy or self.train.start_length):
+            raise ValueError(
+                "compiled blocks want windows of one length: neither on_policy nor "
+                "start_length goes with them"
+            )
         if self.cache and not self.distil.soft:
             raise ValueError("a cache keeps a teacher's predictions: give soft a weight")
         return self
