@@ -201,7 +201,8 @@ def train(
     lesson, limits = _lesson(
         steps, epochs, time_, budget, next_percent, every, batch, micro, optimizer,
         rate or _rate(optimizer, 1.0 if fresh else 0.1), schedule, precision, recompute, seed,
-        sparse, repeats, select, {"hard": 1.0, "soft": 0.0}, {}, 0, data, tensor, start_length, compiled,
+        sparse, repeats, select, {"hard": 1.0, "soft": 0.0}, {}, 0, data, tensor, start_length,
+        compiled,
     )  # fmt: skip
     _run(
         "train", model, out, lesson, limits, json_,

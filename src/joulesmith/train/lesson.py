@@ -132,7 +132,8 @@ def teach(
         tick = stack.enter_context(show.stage("train"))
         judge = HeldOut(held)
         given: dict[str, Any] = {
-            "judge": _Plainly(judge) if s.compiled else judge, "folder": None if folder is None else folder / "checkpoints",
+            "judge": _Plainly(judge) if s.compiled else judge,
+            "folder": None if folder is None else folder / "checkpoints",
             "meter": meter, "points": points, "progress": tick, "tell": show.say,
             "save_seconds": s.save_seconds, "parallel": s.parallel,
         }  # fmt: skip
