@@ -4,9 +4,10 @@
 
 ``--student`` is a folder that  joulesmith compress smollm2 --shrink ...  wrote. It is trained
 against the dense model on ``--calib``, of which the end is held out, for ``--minutes`` of wall
-time: the teacher's passes, the timing of a step, held-out losses and checkpoints count. Judged
-before and after on ``--eval`` and on text that the dense model wrote itself; neither is trained
-on, and no setting is chosen by them. What is done is kept in ``--work``: the same command goes on.
+time: the text that it writes (``--own``), the teacher's passes, the timing of a step, held-out
+losses and checkpoints count. Judged before and after on ``--eval`` and on other text that the
+dense model wrote itself; neither is trained on, and no setting is chosen by them. What is done is
+kept in ``--work``: the same command goes on.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ from joulesmith.train.teacher import TopK, cache_top
 
 Nll = NDArray[np.float64]
 """Mean nats a token of each window."""
+OWN_SEED = 2_000_003
+"""Of the text that the dense model writes to train on, which is another."""
 DRAWS = 10_000
 """Of the bootstrap."""
 SAMPLES_SEED = 1_000_003
@@ -160,6 +163,16 @@ def run(
             return loss(module)
 
     with EnergyMeter() as meter, ExitStack() as stack:
+        if args.own:
+            seed = OWN_SEED + args.seed
+            with meter.window("samples") as window:
+                drawn = kept(
+                    folder / "own.npy",
+                    lambda: text.self_samples(teacher, args.own, args.length, seed).tokens,
+                )
+            windows = np.concatenate([windows, drawn])
+            clock.keep()
+            print(f"{clock.seconds:.0f} s, {args.own} windows drawn: {window.reading.joules} J")
         if args.fused:
             stack.enter_context(fused(student.module))
         cache: TopK | None = None
@@ -341,6 +354,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--cuts", type=int, default=1, help="times that the text is cut, shifted")
     parser.add_argument("--most", type=int, default=0, help="windows to train on at most; 0 all")
+    parser.add_argument(
+        "--own", type=int, default=0, help="windows that the dense model writes too"
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--micro", type=int, default=8)
     parser.add_argument("--optimizer", default="adamw")
@@ -390,7 +406,8 @@ def table(r: dict[str, Any], args: argparse.Namespace) -> list[str]:
         f"{args.threads} threads, {platform.system()}, load {r['load']:.1f}; "
         f"torch {torch.__version__}.",
         f"Trained on {Path(args.calib).name} ({r['windows']} windows of {a['length']} tokens; its "
-        f"end, {a['held']} windows of 256, held out), mode {a['mode']}, seed {a['seed']}, "
+        f"end, {a['held']} windows of 256, held out; {a['own']} of the windows are text that the "
+        f"dense model wrote within the time), mode {a['mode']}, seed {a['seed']}, "
         f"{source}; {r['steps']} steps of {a['batch']} windows, **{r['tokens']} tokens seen**.",
         f"Wall time **{r['seconds']:.0f} s**, {within} the limit of {60 * args.minutes:.0f} s, "
         "with the teacher's passes, the timing of steps, held-out losses and checkpoints. The two "
