@@ -89,6 +89,30 @@ def test_distilled(tiny: Path, text: Path, tmp_path: Path, joulesmith: Run, cach
     assert found["settings"]["cache"] == int(cache)
 
 
+def test_the_teacher_writes_text(tiny: Path, text: Path, tmp_path: Path, joulesmith: Run) -> None:
+    words = (
+        "recover",
+        tiny,
+        "--teacher",
+        tiny,
+        *SHORT,
+        "--steps",
+        "2",
+        "--samples",
+        "12",
+        "--json",
+    )
+    done = joulesmith(*words, "--text", text, "--windows", "30", "--out", tmp_path / "both")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["windows"] == 42 and "12 windows of" in found["text"]
+    done = joulesmith(*words, "--out", tmp_path / "alone")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["windows"] == 12 and "own samples" in found["text"]
+    assert "pydoc_data" in found["after"]["text"]
+
+
 def test_a_budget_of_joules(tiny: Path, text: Path, tmp_path: Path, joulesmith: Run) -> None:
     out = tmp_path / "out"
     words = ("train", tiny, "--text", text, *SHORT)

@@ -59,6 +59,13 @@ Windows = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(help="Windows of the text to use at most."),
 ]
+Samples = Annotated[
+    int,
+    typer.Option(
+        help="Windows that the teacher writes (without one, the model) to train on beside --text. "
+        "Without --text: 256."
+    ),
+]
 OptimizerName = Annotated[
     str, typer.Option("--optimizer", help="sgd, momentum, adamw, adafactor or muon.")
 ]
@@ -174,6 +181,7 @@ def train(
     micro: Micro = 4,
     length: Length = 256,
     windows: Windows = None,
+    samples: Samples = 0,
     optimizer: OptimizerName = "adamw",
     rate: Rate = None,
     schedule: Schedule = "cosine",
@@ -207,7 +215,7 @@ def train(
     _run(
         "train", model, out, lesson, limits, json_,
         text=text, evaluation=eval_, shape=shape, config=config, scratch=scratch, length=length,
-        most=windows, form=format_, device=device, grid=grid,
+        most=windows, samples=samples, form=format_, device=device, grid=grid,
     )  # fmt: skip
 
 
@@ -244,6 +252,7 @@ def distill(
     micro: Micro = 4,
     length: Length = 256,
     windows: Windows = None,
+    samples: Samples = 0,
     optimizer: OptimizerName = "adamw",
     rate: Rate = None,
     schedule: Schedule = "cosine",
@@ -281,7 +290,7 @@ def distill(
     _run(
         "distill", teacher, out, lesson, limits, json_,
         student=student, shape=shape, config=config, shrink=shrink, text=text, evaluation=eval_,
-        length=length, most=windows, form=format_, device=device, grid=grid,
+        length=length, most=windows, samples=samples, form=format_, device=device, grid=grid,
     )  # fmt: skip
 
 
@@ -308,8 +317,8 @@ def recover(
     ] = False,
     text: Text = None,
     eval_: Eval = None,
-    hard: Hard = 0.1,
-    soft: Soft = 0.9,
+    hard: Hard = 0.0,
+    soft: Soft = 1.0,
     hidden: Hidden = 0.0,
     attention: Attention = 0.0,
     temperature: Temperature = 1.0,
@@ -325,6 +334,7 @@ def recover(
     micro: Micro = 4,
     length: Length = 256,
     windows: Windows = None,
+    samples: Samples = 0,
     optimizer: OptimizerName = "adamw",
     rate: Rate = None,
     schedule: Schedule = "cosine",
@@ -352,7 +362,7 @@ def recover(
         "temperature": temperature, "on_policy": on_policy,
     }  # fmt: skip
     how = {"mode": mode, "rank": rank, "types": type_, "keep_zeros": not fill_zeros, "seed": seed}
-    share = {"lora": 1.0, "norms": 1.0, "quantized": 0.02}.get(mode, 0.2)
+    share = {"lora": 1.0, "norms": 1.0, "quantized": 0.02}.get(mode, 0.5)
     lesson, limits = _lesson(
         steps, epochs, time_, budget, next_percent, every, batch, micro, optimizer,
         rate or _rate(optimizer, share), schedule, precision, recompute, seed, None, repeats,
@@ -360,7 +370,7 @@ def recover(
     )  # fmt: skip
     _run(
         "recover", model, out, lesson, limits, json_,
-        teacher=teacher, text=text, evaluation=eval_, length=length, most=windows, form=format_,
+        teacher=teacher, text=text, evaluation=eval_, length=length, most=windows, samples=samples, form=format_,
         device=device, grid=grid,
     )  # fmt: skip
 

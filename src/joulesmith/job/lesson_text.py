@@ -46,12 +46,14 @@ def gather(
     *,
     length: int,
     most: int | None = None,
+    samples: int = 0,
     seed: int = 0,
     progress: Tick = silent,
 ) -> Windows:
     """Read the texts, or load the windows of an interrupted run.
 
-    text_ref: trained on; None for `SAMPLES` windows that ``model`` writes itself. evaluation:
+    text_ref: trained on; None for what ``model`` writes itself. samples: windows that it writes
+    beside the text; without one `SAMPLES`, unless told. evaluation:
     judged on; None for a part of the text that is trained on, or with samples the English that
     Python ships. length: tokens of a window. most: windows to train on. Raises `JoulesmithError`
     for text that is missing, empty or too short.
@@ -65,8 +67,8 @@ def gather(
     read = None if text_ref is None else text.read(text_ref)
     judged = read or text.english() if evaluation is None else text.read(evaluation)
     if read is None:
-        drawn = text.self_samples(model, most or SAMPLES, length, seed, progress)
-        mine, source = drawn.tokens, drawn.source
+        drawn = text.self_samples(model, samples or most or SAMPLES, length, seed, progress)
+        mine, source, samples = drawn.tokens, drawn.source, 0
         rest = _cut(model, judged, length, seed, {"held": CURVE, "final": FINAL})
     elif read.sha256 == judged.sha256:
         count = _count(model, read, length)
@@ -91,6 +93,10 @@ def gather(
         mine = text.windows(model, read, length, {"all": count}, seed)["all"].tokens
         source = read.source
         rest = _cut(model, judged, length, seed, {"held": CURVE, "final": FINAL})
+    if samples:
+        drawn = text.self_samples(model, samples, length, seed, progress)
+        mine = np.concatenate([mine, drawn.tokens])
+        source = f"{source} and {samples} windows of {drawn.source}"
     found = Windows(mine, rest["held"].tokens, rest["final"].tokens, source, judged.source)
     with atomic_path(path) as temporary, temporary.open("wb") as f:
         np.savez(

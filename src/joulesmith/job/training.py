@@ -64,7 +64,8 @@ class Task:
     with fresh weights, and ``shrink`` cuts one out of the teacher, as `compress --shrink`; for
     `train`, ``shape``, ``config`` and ``scratch`` (its own shape) begin anew. text: trained on;
     None for what the teacher writes. evaluation: judged on; None for a part of the text. length:
-    tokens of a window; most: windows. form: of `forms.FORMATS`. device: "cpu", "cuda", "cuda:1" or
+    tokens of a window; most: windows. samples: windows that the teacher writes beside the text, or
+    the model itself without one. form: of `forms.FORMATS`. device: "cpu", "cuda", "cuda:1" or
     "auto". grid: whose carbon and price are told.
     """
 
@@ -83,6 +84,7 @@ class Task:
     evaluation: str | None = None
     length: int = 256
     most: int | None = None
+    samples: int = 0
     form: str | None = None
     device: str = "auto"
     grid: str = "WORLD"
@@ -204,6 +206,7 @@ def _identity(task: Task) -> dict[str, Any]:
         "eval": file_identity(task.evaluation),
         "length": task.length,
         "windows": task.most,
+        "samples": task.samples,
         "format": task.format,
         "lesson": task.lesson.model_dump(mode="json", exclude={"parallel"}),
         "limits": None if limits is None else [limits.epochs, limits.seconds, limits.joules],
@@ -268,7 +271,8 @@ class _Run:
             windows = in_turn(
                 lambda: lesson_text.gather(
                     learner, task.text, task.evaluation, work,
-                    length=task.length, most=task.most, seed=task.seed, progress=tick,
+                    length=task.length, most=task.most, samples=task.samples, seed=task.seed,
+                    progress=tick,
                 )
             )  # fmt: skip
         if task.shrink is not None:
