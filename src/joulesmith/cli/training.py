@@ -370,8 +370,8 @@ def recover(
     )  # fmt: skip
     _run(
         "recover", model, out, lesson, limits, json_,
-        teacher=teacher, text=text, evaluation=eval_, length=length, most=windows, samples=samples, form=format_,
-        device=device, grid=grid,
+        teacher=teacher, text=text, evaluation=eval_, length=length, most=windows, samples=samples,
+        form=format_, device=device, grid=grid,
     )  # fmt: skip
 
 
