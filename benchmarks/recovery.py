@@ -205,14 +205,18 @@ def run(
                 raise SystemExit(f"{args.minutes} minutes are over before the first step")
             plan = {
                 "steps": int(left / step), "step_seconds": step, "judge_seconds": judging,
-                "save_seconds": saving
+                "save_seconds": saving, "left": left,
             }  # fmt: skip
             with atomic_path(plan_path) as part:
                 part.write_text(json.dumps(plan))
         plan = json.loads(plan_path.read_text())
         steps = plan["steps"]
         train = s.train.model_copy(
-            update={"steps": steps, "every": max(1, steps // (args.points + 1))}
+            update={
+                "steps": steps,
+                "every": max(1, steps // (args.points + 1)),
+                "budget_seconds": plan["left"],
+            }
         )
         print(f"{steps} steps of {plan['step_seconds']:.2f} s", flush=True)
         found = recover(
