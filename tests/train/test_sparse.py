@@ -263,6 +263,8 @@ def test_gradients_of_dead_weights_do_not_count_in_the_clip() -> None:
 
         def load(self, state: dict[str, Any]) -> None: ...
 
+        def end(self) -> None: ...
+
     train(peer, WINDOWS, objective, of, hook=Masking())
     for a, b in zip(module.parameters(), peer.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)

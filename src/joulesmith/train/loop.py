@@ -76,6 +76,9 @@ class Hook(Protocol):
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from there."""
 
+    def end(self) -> None:
+        """Called at the end, after an error too: the module is as it was but for its weights."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -165,6 +168,7 @@ def train(
         chosen = {n: p for n, p in shared.inner.named_parameters() if p.requires_grad}
         optimizer = optimizers.build(chosen, settings)
         if hook is not None:
+            stack.callback(hook.end)
             optimizer = hook.wrap(optimizer)
         first = rank() == 0
         loop = stack.enter_context(

@@ -18,6 +18,7 @@ from joulesmith.compress.prune.task import prunable
 from joulesmith.errors import JoulesmithError
 from joulesmith.train import masks
 from joulesmith.train.live import Live
+from joulesmith.train.live_rows import LiveRows
 from joulesmith.train.settings import TrainSettings
 from joulesmith.train.sparse_settings import EXCHANGE, GRADUAL, SparseSettings
 
@@ -51,6 +52,7 @@ class SparseTraining:
             self.places.setdefault(layer.stored, []).append(name)
         self.counts = self._counts()
         self._live: Live | None = None
+        self._rows = LiveRows()
 
     @property
     def live(self) -> Live:
@@ -84,6 +86,7 @@ class SparseTraining:
                 part = _part(layer, every[layer.stored])
                 part.copy_(self.pattern.mask(self._first(name, layer), self.counts[name]))
         self._live = Live(optimizer, every, movement=self.settings.method == "movement")
+        self._leave_out()
         return self._live
 
     def before(self, step: int) -> None:
@@ -109,7 +112,12 @@ class SparseTraining:
         return {}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Nothing."""
+        """Masks are there."""
+        self._leave_out()
+
+    def end(self) -> None:
+        """Layers compute whole again."""
+        self._rows.end()
 
     def tensors(self) -> dict[str, Tensor]:
         """The masks' bits by parameter; a checkpoint is loaded into them."""
@@ -159,6 +167,13 @@ class SparseTraining:
                 part = _part(layer, mask)
                 part.copy_(choose(name, part.cpu(), _part(layer, whole).float().cpu(), step))
             self.live.move(p, mask)
+        self._leave_out()
+
+    def _leave_out(self) -> None:
+        """Rows and columns that are dead. RigL looks at the gradients of all."""
+        if self.settings.method != "rigl":
+            for name, mask in self.layer_masks().items():
+                self._rows.update(self.layers[name], mask)
 
     def _rigl(self, name: str, mask: Tensor, grad: Tensor, step: int) -> Tensor:
         share = masks.cosine(step, self.until, self.settings.drop)

@@ -76,6 +76,9 @@ class KeepZeros:
     def load(self, state: dict[str, Any]) -> None:
         """Nothing."""
 
+    def end(self) -> None:
+        """Nothing."""
+
 
 def local(t: Tensor) -> Tensor:
     """This rank's part of a tensor, or all of it where it is whole."""
