@@ -105,8 +105,8 @@ def main() -> None:
         f"{platform.processor() or platform.machine()}, {a.threads} threads, torch "
         f"{torch.__version__}; joules are the machine's, modelled where it has no counters. A "
         f"Llama of width {a.width}, {a.neurons} neurons, {a.layers} layers, float32, AdamW, steps "
-        f"of 2,048 tokens; gate and up are {part:.0%} of its blocks' weights. To the dense model of "
-        f"the same round, medians of {a.rounds} rounds (least-most).",
+        f"of 2,048 tokens; gate and up are {part:.0%} of its blocks' weights. To the dense model "
+        f"of the same round, medians of {a.rounds} rounds (least-most).",
         "",
         "| rows dead in gate and up | joules, all products | joules, live rows "
         "| time, all products | time, live rows | largest difference of a loss |",
