@@ -216,14 +216,17 @@ def test_what_tensor_parallel_cannot_split() -> None:
         parallel._split_places(normed, 2)
 
 
-def test_a_hook_that_looks_at_whole_matrices() -> None:
+def test_a_hook_that_looks_at_whole_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     class Hook:
         pass
 
-    p = nn.Parameter(torch.zeros(1))
     parallel.moved_hook(Hook(), {})
-    with pytest.raises(JoulesmithError, match="Hook looks at whole matrices"):
-        parallel.moved_hook(Hook(), {p: p})
+    parallel.check_hook(Hook(), ParallelSettings(data="shard"))  # alone
+    monkeypatch.setattr(parallel, "world", lambda: 2)
+    parallel.check_hook(Hook(), ParallelSettings())
+    for parts in (ParallelSettings(data="shard"), ParallelSettings(tensor=2)):
+        with pytest.raises(JoulesmithError, match="Hook looks at whole matrices"):
+            parallel.check_hook(Hook(), parts)
 
 
 def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:

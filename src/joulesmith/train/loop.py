@@ -32,7 +32,13 @@ from joulesmith.ranks import told as told_by_first
 from joulesmith.train import budget, checkpoint, group, optimizers, rank_energy, schedule
 from joulesmith.train.modes import precision as _precision
 from joulesmith.train.modes import training as _training
-from joulesmith.train.parallel import ParallelSettings, Spread, moved_hook, spread
+from joulesmith.train.parallel import (
+    ParallelSettings,
+    Spread,
+    check_hook,
+    moved_hook,
+    spread,
+)
 from joulesmith.train.passes import gradients, leaves_out, length_of
 from joulesmith.train.scaling import Probe, Scaling
 from joulesmith.train.settings import TrainSettings
@@ -142,6 +148,7 @@ def train(
     last checkpoint is kept), checkpoints of another run, a full disk, and as `spread`.
     """
     how = parallel or ParallelSettings()
+    check_hook(hook, how)
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
         raise JoulesmithError("no windows to train on: give more text")
     data = max(1, world() // how.tensor)

@@ -312,14 +312,18 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield part
 
 
-def moved_hook(hook: Any, moved: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Tell a hook of the loop that parameters are elsewhere. Raises `JoulesmithError` for one that
-    cannot look at parts."""
-    if not moved or hook is None:
-        return
-    if not hasattr(hook, "moved"):
+def check_hook(hook: Any, settings: ParallelSettings) -> None:
+    """Raises `JoulesmithError` for a hook of the loop that cannot look at parts of matrices, where
+    ranks will hold parts."""
+    parts = world() > 1 and (settings.data == "shard" or settings.tensor > 1)
+    if parts and hook is not None and not hasattr(hook, "moved"):
         raise JoulesmithError(
             f'{type(hook).__name__} looks at whole matrices: train with data "replicate" and no '
             "tensor parallel"
         )
-    hook.moved(moved)
+
+
+def moved_hook(hook: Any, moved: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Tell a hook that parameters are elsewhere."""
+    if moved and hook is not None:
+        hook.moved(moved)
