@@ -230,6 +230,8 @@ def run(
     tail = max(1, len(found.losses) // 20)
     return {
         **plan,
+        "planned": steps,
+        "steps": found.steps,
         "teacher_seconds": asked_for[0],
         "teacher_joules": asked_for[1],
         "seconds": clock.seconds,
@@ -412,7 +414,8 @@ def table(r: dict[str, Any], args: argparse.Namespace) -> list[str]:
         f"Trained on {Path(args.calib).name} ({r['windows']} windows of {a['length']} tokens; its "
         f"end, {a['held']} windows of 256, held out; {a['own']} of the windows are text that the "
         f"dense model wrote within the time), mode {a['mode']}, seed {a['seed']}, "
-        f"{source}; {r['steps']} steps of {a['batch']} windows, **{r['tokens']} tokens seen**.",
+        f"{source}; {r['steps']} steps ({r['planned']} were planned) of {a['batch']} windows, "
+        f"**{r['tokens']} tokens seen**.",
         f"Wall time **{r['seconds']:.0f} s**, {within} the limit of {60 * args.minutes:.0f} s, "
         "with the teacher's passes, the timing of steps, held-out losses and checkpoints. The two "
         "judgements below are outside of it.",
