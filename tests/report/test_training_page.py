@@ -87,6 +87,8 @@ def test_ranks_and_engines() -> None:
 def test_what_the_next_percent_costs() -> None:
     assert "no longer falls" in next_words(result(next_percent=math.inf))
     assert next_words(result(next_percent=None)) == "unknown"
+    assert verdict(result(recovered=1.2)).startswith("Better than the teacher on this text")
+    assert verdict(result(recovered=-0.1)).startswith("Further from the teacher than before")
     alone = result(teacher=None, before=None, recovered=None)
     assert verdict(alone) == "Perplexity 20 became 25 for 84.0 J"
     assert "before" in render_training_page(alone)

@@ -52,10 +52,16 @@ def verdict(r: TrainingResult) -> str:
     cost = "joules unknown" if r.joules is None else f"{figures.joules(r.joules)}"
     after = f"{r.after.perplexity:.4g}"
     if r.before is not None and r.recovered is not None:
-        return (
-            f"{figures.percent(r.recovered, 0)} of the gap to the teacher closed for {cost}: "
+        told = (
             f"perplexity {r.before.perplexity:.4g} became {after}, the teacher has "
             f"{r.after.reference_perplexity:.4g}"
+        )
+        if r.recovered < 0:
+            return f"Further from the teacher than before, for {cost}: {told}"
+        if r.recovered >= 1:
+            return f"Better than the teacher on this text, for {cost}: {told}"
+        return (
+            f"{figures.percent(r.recovered, 0)} of the gap to the teacher closed for {cost}: {told}"
         )
     if r.before is not None:
         return f"Perplexity {r.before.perplexity:.4g} became {after} for {cost}"
