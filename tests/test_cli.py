@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from here import here
 from joulesmith import cli
 from joulesmith._version import __version__
 from joulesmith.errors import JoulesmithError
@@ -120,7 +121,7 @@ def test_bad_input_is_one_line_and_exit_code_2(index: int, tmp_path: Path) -> No
     out = tmp_path / "out"
     if words[0] == "optimize":
         words = [*words, "--out", out]
-    done = joulesmith(*words)
+    done = here(*words)
     assert done.returncode == 2, (name, done.stderr)
     assert "Traceback" not in done.stderr
     lines = [x for x in done.stderr.splitlines() if not x.startswith(("[", "load:"))]

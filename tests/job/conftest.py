@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import pytest
-import torch
 from runner import Run
 
+from here import here
 from tiny import write_tiny
 
 
@@ -41,32 +38,9 @@ def joulesmith(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         *words: object, until: str | None = None, send: int = signal.SIGKILL
     ) -> subprocess.CompletedProcess[str]:
         given = [str(w) for w in words]
-        return _here(given) if until is None else _signalled(given, until, send)
+        return here(*given) if until is None else _signalled(given, until, send)
 
     return run
-
-
-def _here(words: list[str]) -> subprocess.CompletedProcess[str]:
-    from joulesmith.cli import main
-
-    out, log, code = io.StringIO(), io.StringIO(), 0
-    threads = torch.get_num_threads()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(log),
-    ):
-        patch.setattr(sys, "argv", ["joulesmith", *words])
-        try:
-            main()
-        except SystemExit as e:
-            code = e.code if isinstance(e.code, int) else int(e.code is not None)
-        except Exception:
-            traceback.print_exc()  # as the interpreter would
-            code = 1
-        finally:
-            torch.set_num_threads(threads)
-    return subprocess.CompletedProcess(words, code, out.getvalue(), log.getvalue())
 
 
 def _signalled(words: list[str], until: str, send: int) -> subprocess.CompletedProcess[str]:
