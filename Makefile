@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= joulesmith-out/demo
-# Small models are faster on one thread each; a worker holds up to 3 GB.
+# Small models are faster on one thread each; a worker holds up to 3 GB. Not the files of most
+# tests first: those of the main job have few, and would be left for the end.
 WORKERS ?= 2
 
 .PHONY: demo test lint env model clean
@@ -32,7 +33,7 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 test: lint $(VENV)/.model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache
