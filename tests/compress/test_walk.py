@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,15 @@ WINDOWS = np.random.default_rng(0).integers(0, 400, (12, 64)).astype(np.int32)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> models.Model:
     return models.load(write_tiny(tmp_path_factory.mktemp("walk") / "model", steps=5))
+
+
+@pytest.fixture(autouse=True)
+def several_threads() -> Iterator[None]:
+    """Matrices are rounded side by side, however few threads the tests have."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(usual)
 
 
 def walked(model: models.Model, effort: str, kind: str = "INT4-G32") -> dict[str, Rounded]:
