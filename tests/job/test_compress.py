@@ -223,7 +223,7 @@ def test_what_the_options_say() -> None:
         prune_step("2:4", {"pattern": "row"})
 
 
-@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="no llama.cpp")
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="no llama.cpp")
 def test_a_joule_budget_is_met(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     found = compress(str(tiny), tmp_path / "out.gguf", shrink="joules=0.8", kind="Q8_0")
