@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -173,6 +174,23 @@ def test_self_samples_are_seeded_and_keep_the_cache_right(tiny):
     picked = np.take_along_axis(logp.numpy()[:, :-1], a.tokens[:, 1:, None].astype(int), -1).mean()
     random = np.take_along_axis(logp.numpy()[:, :-1], rng.integers(0, 50, (4, 19, 1)), -1).mean()
     assert picked > random + 0.5
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "width", "n", "expected"),
+    [
+        (30, 3, 64, 300, 100),  # small: three batches of one size
+        (30, 3, 64, 20, 20),
+        (32, 8, 128, 300, 30),  # 33 MB a text: ten of up to 32
+        (12, 32, 64, 300, 38),  # 25 MB a text, 42 of them in 1 GiB
+    ],
+)
+def test_more_texts_side_by_side_where_their_cache_is_small(layers, heads, width, n, expected):
+    config = SimpleNamespace(
+        num_hidden_layers=layers, num_attention_heads=2 * heads, num_key_value_heads=heads,
+        head_dim=width, hidden_size=2 * heads * width,
+    )  # fmt: skip
+    assert text._side_by_side(config, n, 256) == expected
 
 
 def test_attention_of_one_query_is_torchs(tiny):

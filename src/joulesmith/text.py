@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from joulesmith.models import Model
 
 _MAX_FILE = 1 << 30
-_BATCH = 32
+_BATCHES = (32, 128)
+"""Texts sampled side by side: at least, and at most where their cache is small."""
+_CACHE = 1 << 30
+"""Bytes of keys and values up to which there are more than the least."""
 
 
 @dataclass(frozen=True)
@@ -175,8 +178,8 @@ def self_samples(
     """Text that the model itself writes: ancestral sampling at temperature 1.
 
     Each window begins with `start_token`; where a sampled text ends, the window goes on
-    with the next one. Batches of 32 sequences with a KV cache, in bfloat16 where
-    the processor has it natively; seeded, and the same on one machine with one torch version.
+    with the next one. Batches of 32 to 128 sequences, by the size of their KV cache, in bfloat16
+    where the processor has it natively; seeded, and the same on one machine with one torch version.
 
     progress: called with the share done, 0 to 1. Raises `JoulesmithError` for a length
     beyond the model's context.
@@ -195,8 +198,9 @@ def self_samples(
     weights = _sampling_weights(model.module)
     word = cache_word(model.module)
     with torch.inference_mode(), _threads(), _one_query_attention(model.module) as seen:
-        for at in range(0, n_windows, _BATCH):
-            rows = out[at : at + _BATCH]
+        batch = _side_by_side(model.module.config, n_windows, length)
+        for at in range(0, n_windows, batch):
+            rows = out[at : at + batch]
             # One allocation for all steps: a cache that grows by concatenation leaves
             # holes in memory, as large again as itself.
             cache = step = None  # of the batch before
@@ -214,6 +218,17 @@ def self_samples(
     tokens = out.numpy().astype(np.int32)
     digest = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
     return Windows(tokens, f"{model.name}'s own samples (temperature 1, seed {seed})", digest)
+
+
+def _side_by_side(config: Any, n: int, length: int) -> int:
+    """How many of ``n`` texts to sample at once: weights are read once for all of them. By sizes
+    alone, so that the same text comes out whatever the machine's memory."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = 2 * 2 * length * config.num_hidden_layers * heads * width  # keys, values; bfloat16
+    least, most = _BATCHES
+    batch = min(most, max(least, _CACHE // each))
+    return -(-n // -(-n // batch))  # batches of one size
 
 
 def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -309,7 +324,7 @@ def _threads() -> Iterator[None]:
     import torch
 
     usual = torch.get_num_threads()
-    x, w = torch.zeros(_BATCH, 512), torch.zeros(512, 1024)
+    x, w = torch.zeros(_BATCHES[0], 512), torch.zeros(512, 1024)
 
     def trial(n: int) -> float:
         torch.set_num_threads(n)
