@@ -227,7 +227,7 @@ def _side_by_side(config: Any, n: int, length: int) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     each = 2 * 2 * length * config.num_hidden_layers * heads * width  # keys, values; bfloat16
     least, most = _BATCHES
-    batch = min(most, max(least, _CACHE // each))
+    batch = min(most, max(least, _CACHE // int(each)))
     return -(-n // -(-n // batch))  # batches of one size
 
 
