@@ -1,0 +1,1 @@
+"""Energy of training or serving a model of any size, before anything runs."""
