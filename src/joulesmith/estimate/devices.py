@@ -168,7 +168,8 @@ def precision_name(precision: str) -> str:
 
 def find(name: str, file: Path | str | None = None) -> Device:
     """The device of a name or an alias, as people and drivers write them: any case and
-    punctuation, with or without the vendor ("h100", "NVIDIA A100-SXM4-80GB", "rtx4090").
+    punctuation, with or without the vendor ("h100", "NVIDIA A100-SXM4-80GB", "rtx4090"), words in
+    any order ("H100 80GB SXM").
 
     file: a user's table (`load`) that goes before the shipped one.
     Raises `JoulesmithError` with the nearest names where there is none.
@@ -179,6 +180,9 @@ def find(name: str, file: Path | str | None = None) -> Device:
     for candidate in (key, *(key.removeprefix(v) for v in _vendors(devices))):
         if candidate in found:
             return found[candidate]
+    same = {d.name: d for d in devices if _words(name) in map(_words, (d.name, *d.aliases))}
+    if len(same) == 1:
+        return next(iter(same.values()))
     raise JoulesmithError(f"unknown device {name[:60]!r}: {_nearest(key, found)}")
 
 
@@ -300,6 +304,11 @@ def _index(devices: Iterable[Device]) -> dict[str, Device]:
             whole.setdefault(key, device)
             short.setdefault(key.removeprefix(vendor) or key, device)
     return {**short, **whole}
+
+
+def _words(name: str) -> tuple[str, ...]:
+    """Normalised, in one order."""
+    return tuple(sorted(filter(None, (normalise(w) for w in re.split(r"[^\w.]+|_", name[:200])))))
 
 
 def _vendors(devices: Iterable[Device]) -> set[str]:
