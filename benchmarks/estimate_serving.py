@@ -395,9 +395,10 @@ def main() -> None:
         },
         "shared": {k: _round(np.exp(v[fit.at[k]][0])) for k in SHARED},
         "reach": _round(np.exp(v[fit.at["reach"]][0])),
+        "prompt": round(float(np.exp(v[fit.at["prompt"]][0]))),
         "intervals": intervals,
     }  # fmt: skip
-    lines += constants_table(shipped, float(np.exp(v[fit.at["prompt"]][0])))
+    lines += constants_table(shipped)
     args.out.write_text("\n".join(lines) + "\n", "utf-8")
     print(args.out.read_text("utf-8"))
     if args.write:
@@ -451,7 +452,7 @@ def calibrated(
     return intervals, lines
 
 
-def constants_table(shipped: dict[str, Any], prompt: float) -> list[str]:
+def constants_table(shipped: dict[str, Any]) -> list[str]:
     """As they are shipped."""
     out = ["## Constants", "", "| device | " + " | ".join(DEVICE) + " |"]
     out.append("|---" * (len(DEVICE) + 1) + "|")
@@ -463,7 +464,7 @@ def constants_table(shipped: dict[str, Any], prompt: float) -> list[str]:
         out.append(f"| {e} | " + " | ".join(f"{c[k] * 1e6:.3g}" for k in ENGINE) + " |")
     out += ["", ", ".join(f"{k} {x:.3g}" for k, x in shipped["shared"].items())
             + f"; reach {shipped['reach']:.3g}; prompts of chats whose length is not told: "
-            f"{prompt:.0f} tokens.", "", "Intervals (factors of joules and of seconds): "
+            f"{shipped['prompt']} tokens.", "", "Intervals (factors of joules and of seconds): "
             + ", ".join(f"{k} {x['joules']:.2f} and {x['seconds']:.2f}"
                         for k, x in shipped["intervals"].items()) + "."]  # fmt: skip
     return out

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -33,6 +33,8 @@ FULL = 0.9
 """Share of a device's memory that is used; the rest is the engine's and the framework's."""
 LINK = 64e9
 """Bytes a second of a device whose links are not known: PCIe 5.0 x16."""
+ELSEWHERE = 1.5
+"""What an interval is wider by, either way, on devices of a kind of which none was measured."""
 HOST_W = 150.0
 """Watts of the server beside each accelerator."""
 NARROW = ("fp8", "int8", "fp4")
@@ -80,12 +82,13 @@ class Setup:
 @dataclass(frozen=True)
 class Traffic:
     """What is asked: ``batch`` sequences side by side, each of ``prompt`` tokens read and
-    ``output`` written. reach: of the output, what a sequence that is being written has behind it on
-    average: half of it where all are of one length; of chats, long ones are there longer."""
+    ``output`` written; where they are not told, those of chats. reach: of the output, what a
+    sequence that is being written has behind it on average: half of it where all are of one length;
+    of chats, long ones are there longer."""
 
     batch: float = 1
-    prompt: float = 512
-    output: float = 256
+    prompt: float = field(default_factory=lambda: _chat())
+    output: float = 512
     reach: float | None = None
 
     def __post_init__(self) -> None:
@@ -150,6 +153,11 @@ def fitted() -> dict[str, Any]:
     text = resources.files("joulesmith.estimate").joinpath(FILE).read_text("utf-8")
     found: dict[str, Any] = json.loads(text)
     return found
+
+
+def _chat() -> float:
+    """Tokens of a chat's prompt, where nobody tells."""
+    return float(fitted()["prompt"])
 
 
 def engines() -> tuple[str, ...]:
@@ -389,7 +397,8 @@ def _factors(shape: Shape, setup: Setup, own: bool) -> tuple[float, float]:
     f = fitted()["intervals"]
     kind = "measured" if own else "other"
     kind += " experts" if shape.experts else ""
-    return f[kind]["joules"], f[kind]["seconds"]
+    more = 1.0 if own or _server(setup.device) else ELSEWHERE
+    return f[kind]["joules"] * more, f[kind]["seconds"] * more
 
 
 def _watts(step: Cost, setup: Setup, factor: float) -> Figure:
@@ -448,7 +457,14 @@ def _constants(
     out.append(Constant("memory used", FULL, "share", "assumed", "as vLLM's default"))
     where = "1.2 kW beside 8 GPUs, BoaviztAPI's p5.48xlarge" if assumed else "as given"
     out.append(Constant("host", host, "W per device", "assumed", where))
+    left = "family" if own else "device"
     out.append(
-        Constant("interval", factor, "factor either way", "fitted", "left-out families, 90 %")
+        Constant("interval", factor, "factor either way", "fitted", f"a {left} left out, 90 %")
     )
+    if not own and not _server(d):
+        out.append(
+            Constant(
+                "interval elsewhere", ELSEWHERE, "factor in it", "assumed", "not a server's GPU"
+            )
+        )
     return tuple(out)
