@@ -26,6 +26,31 @@ def test_time_left_follows_what_stages_really_took() -> None:
     assert p.left("b", 0.5) == pytest.approx(30)
 
 
+def test_what_an_earlier_run_did_took_no_time_of_this_one() -> None:
+    clock = Clock()
+    p = Progress({"a": 1, "train": 8, "c": 1}, io.StringIO(), clock=clock)
+    with p.stage("a"):
+        clock.now = 10
+    with p.stage("train") as tick:
+        clock.now = 15  # a checkpoint is read
+        tick(0.5)
+        clock.now = 25
+        tick(0.625)  # an eighth, as much as "a", took 10 s as well
+        assert p.left("train", 0.625) == pytest.approx(40)
+        clock.now = 55
+        tick(1)
+    assert p.left("c", 0.0) == pytest.approx(10)
+
+
+def test_a_stage_that_tells_only_its_end_counts_whole() -> None:
+    clock = Clock()
+    p = Progress({"a": 10, "b": 30}, io.StringIO(), clock=clock)
+    with p.stage("a") as tick:
+        clock.now = 20
+        tick(1)
+    assert p.left("b", 0.0) == pytest.approx(60)
+
+
 def test_a_log_gets_plain_lines_now_and_then() -> None:
     clock, out = Clock(), io.StringIO()
     p = Progress({"work": 1}, out, every=10, clock=clock)

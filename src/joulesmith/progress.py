@@ -43,6 +43,7 @@ class Progress:
         self.clock = clock
         self.started = clock()
         self.done: dict[str, float] = {}
+        self._first: dict[str, tuple[float, float]] = {}
         self._live = bool(getattr(self.stream, "isatty", lambda: False)())
         self._last = -1e9
         self._width = 0
@@ -58,11 +59,14 @@ class Progress:
         print(text, file=self.stream, flush=True)
 
     def left(self, name: str, share: float) -> float | None:
-        """Seconds left over all stages, ``None`` while there is nothing to go by."""
-        elapsed = self.clock() - self.started
-        before = sum(self.expected.get(n, 0.0) for n in self.done)
+        """Seconds left over all stages, ``None`` while there is nothing to go by. What a stage had
+        behind it when it first told, as one that goes on after a kill, took no time of this run."""
+        known = {n: self._first.get(n, (0.0, 0.0)) for n in (*self.done, name)}
+        first = known[name][0]
+        elapsed = self.clock() - self.started - sum(waited for _, waited in known.values())
+        before = sum(self.expected.get(n, 0.0) * (1 - known[n][0]) for n in self.done)
         now = self.expected.get(name, 0.0)
-        progressed = before + now * share
+        progressed = before + now * (share - first)
         if progressed <= 0 or elapsed < 1.0:
             return None
         todo = sum(c for n, c in self.expected.items() if n not in self.done) - now * share
@@ -76,7 +80,10 @@ class Progress:
         self._show(name, 0.0, force=not self._live)
 
         def tick(share: float) -> None:
-            self._show(name, min(1.0, max(0.0, share)))
+            share = min(1.0, max(0.0, share))
+            if share < 1:  # what tells nothing before its end is all of this run
+                self._first.setdefault(name, (share, self.clock() - begun))
+            self._show(name, share)
 
         yield tick
         self.done[name] = self.clock() - begun

@@ -231,6 +231,7 @@ class _Run:
         """Steps until there is a reason to stop, which is returned."""
         s, state = self.s, self.state
         self._resume()
+        self.progress(self._done())
         if not state.curve:
             self._judge()
         stopped = self._reason()
