@@ -41,9 +41,9 @@ LENGTH = 256
 GRIDS = {
     "sgd": (0.3, 1.0, 3.0),
     "momentum": (0.03, 0.1, 0.3),
-    "adamw": (1e-3, 3e-3, 6e-3),
-    "adafactor": (1e-2, 3e-2, 1e-1),
-    "muon": (0.01, 0.02, 0.05),
+    "adamw": (3e-3, 6e-3, 1.2e-2),
+    "adafactor": (3e-2, 1e-1, 3e-1),
+    "muon": (0.02, 0.05, 0.1),
 }
 HARD = DistilSettings(hard=1, soft=0)
 

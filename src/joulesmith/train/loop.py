@@ -231,7 +231,8 @@ class _Run:
         """Steps until there is a reason to stop, which is returned."""
         s, state = self.s, self.state
         self._resume()
-        self.progress(self._done())
+        if state.step:  # for the time left: what was done before
+            self.progress(self._done())
         if not state.curve:
             self._judge()
         stopped = self._reason()
