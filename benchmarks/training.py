@@ -1,7 +1,8 @@
 """What training choices cost to the same quality, in joules: optimizers, precision, data, zeros and
 distillation, on small Llamas of bytes.
 
-    python benchmarks/training.py --text tinyshakespeare.txt [--only optimizers data sparse distil]
+    python benchmarks/training.py --text tinyshakespeare.txt
+        [--only optimizers precision data sparse distil]
         [--device auto|cpu|cuda] [--steps 300] [--seeds 0 1 2] --out DIR
 
 Each part writes DIR/training-PART.json and a table to standard output. Losses are nats a byte on
@@ -159,24 +160,41 @@ def optimizers(b: Bench) -> dict[str, Any]:
             f"| {row['optimizer']} | {row['rate']:g} | {told(spent)} | {told(ratio)} | "
             f"{told(row['losses'], 4)} | {row['state_bytes'] / 1e6:.1f} MB |"
         )
-    other = []
-    for precision in ("float32", "bfloat16"):
-        for recompute in (False, True):
+    return {"target": target, "rows": rows}
+
+
+def precision(b: Bench) -> dict[str, Any]:
+    """Joules a token of float32 and bfloat16, with and without recomputing, in turns; loss after a
+    quarter of the steps."""
+    rows: dict[tuple[str, bool], list[Trained]] = {}
+    peaks: dict[tuple[str, bool], int | None] = {}
+    for seed in b.seeds:
+        for how in (("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", True)):
             if b.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            s = b.settings(max(20, b.steps // 4), 0, precision=precision, recompute=recompute)
-            r = b.run(b.model(b.a.width, b.a.layers, 0), s)
-            peak = torch.cuda.max_memory_allocated() if b.device.type == "cuda" else None
-            tokens = r.steps * b.a.batch * (LENGTH - 1)
-            other.append(
-                {
-                    "precision": precision, "recompute": recompute, "peak_bytes": peak,
-                    "joules_per_token": None if r.joules is None else r.joules / tokens,
-                    "loss": r.curve[-1][1], "seconds": r.seconds,
-                }
-            )  # fmt: skip
-            print(f"| {other[-1]} |")
-    return {"target": target, "rows": rows, "precision": other}
+            s = b.settings(max(20, b.steps // 4), seed, precision=how[0], recompute=how[1])
+            rows.setdefault(how, []).append(b.run(b.model(b.a.width, b.a.layers, seed), s))
+            peaks[how] = torch.cuda.max_memory_allocated() if b.device.type == "cuda" else None
+    out = []
+    print(f"\njoules a token, {b.a.words}")
+    for how, found in rows.items():
+        tokens = found[0].steps * b.a.batch * (LENGTH - 1)
+        joules = [None if r.joules is None else r.joules / tokens for r in found]
+        first = rows["float32", False]
+        ratio = [
+            None if r.joules is None or f.joules is None else r.joules / f.joules
+            for r, f in zip(found, first, strict=True)
+        ]
+        losses = [r.curve[-1][1] for r in found]
+        out.append(
+            {
+                "precision": how[0], "recompute": how[1], "peak_bytes": peaks[how],
+                "joules_per_token": joules, "ratio": ratio, "losses": losses,
+                "pedigree": found[0].pedigree,
+            }
+        )  # fmt: skip
+        print(f"| {how[0]} | {how[1]} | {told(joules)} | {told(ratio)} | {told(losses, 4)} |")
+    return {"rows": out}
 
 
 def data_choices(b: Bench) -> dict[str, Any]:
@@ -337,7 +355,13 @@ def distil(b: Bench) -> dict[str, Any]:
     }  # fmt: skip
 
 
-PARTS = {"optimizers": optimizers, "data": data_choices, "sparse": sparse, "distil": distil}
+PARTS = {
+    "optimizers": optimizers,
+    "precision": precision,
+    "data": data_choices,
+    "sparse": sparse,
+    "distil": distil,
+}
 
 
 def main() -> None:
