@@ -304,39 +304,43 @@ def sparse(b: Bench) -> dict[str, Any]:
 
 def distil(b: Bench) -> dict[str, Any]:
     """A student of a quarter of the parameters: from the teacher, and by the text alone, at equal
-    joules. The teacher's pass over the text counts; its own training, which is there, does not."""
+    joules. The teacher's pass over the text counts; its own training, which is there, does not.
+    Rates are chosen on the first seed, by runs of a quarter of the length."""
     teacher = b.model(2 * b.a.width, b.a.layers, 7)
     size = sum(p.numel() for p in teacher.parameters())
-    big = b.run(teacher, b.settings(2 * b.steps, 7, rate=2e-3))
+    big = b.run(teacher, b.settings(b.a.teacher_steps or 2 * b.steps, 7, rate=2e-3))
     teacher.requires_grad_(False)
-    print(f"\nteacher of {size:,}: {big.curve[-1][1]:.4f}, {b.a.words}")
+    print(f"\nteacher of {size:,}: {big.curve[-1][1]:.4f}, {b.a.words}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        with b.meter.window("teacher") as window:
+            cache = cache_top(teacher, b.windows, 32, Path(folder) / "top")
+        extra = window.reading.joules or math.nan
+        objective = Distil(DistilSettings(hard=0.3, soft=0.7), cache=cache)
 
-    def hard(rate: float, seed: int, steps: int = b.steps) -> Trained:
-        return b.run(b.model(b.a.width, b.a.layers, seed), b.settings(steps, seed, rate=rate))
+        def hard(rate: float, seed: int, steps: int) -> Trained:
+            return b.run(b.model(b.a.width, b.a.layers, seed), b.settings(steps, seed, rate=rate))
 
-    asking: list[float | None] = []
+        def soft(rate: float, seed: int, steps: int) -> Trained:
+            student = b.model(b.a.width, b.a.layers, seed)
+            return b.run(student, b.settings(steps, seed, rate=rate), objective=objective)
 
-    def soft(rate: float, seed: int) -> Trained:
-        student = b.model(b.a.width, b.a.layers, seed)
-        with tempfile.TemporaryDirectory() as folder:
-            with b.meter.window("teacher") as window:
-                cache = cache_top(teacher, b.windows, 32, Path(folder) / "top")
-            asking.append(window.reading.joules)
-            objective = Distil(DistilSettings(hard=0.3, soft=0.7), cache=cache)
-            return b.run(student, b.settings(b.steps, seed, rate=rate), objective=objective)
+        def best(run: Callable[[float, int, int], Trained]) -> float:
+            short = {r: run(r, b.seeds[0], b.steps // 4) for r in (2e-3, 4e-3, 8e-3, 1.6e-2)}
+            return min(short, key=lambda r: short[r].curve[-1][1])
 
-    rates = (2e-3, 4e-3, 8e-3)
-    rate, taught = tried(b, soft, rates)
-    extra = float(np.median([j for j in asking if j is not None] or [math.nan]))
-    hard_rate, equal_steps = tried(b, hard, rates)
-    per_step = float(np.median([r.joules / r.steps for r in equal_steps if r.joules] or [math.nan]))
-    spent = [None if r.joules is None else r.joules + extra for r in taught]
-    count = b.steps if any(j is None for j in spent) else round(float(np.median(spent)) / per_step)
-    alone = [hard(hard_rate, seed, count) for seed in b.seeds]
+        rate, hard_rate = best(soft), best(hard)
+        print(f"rates {rate:g}, {hard_rate:g}; the teacher's pass {extra:.4g} J", flush=True)
+        taught = [soft(rate, seed, b.steps) for seed in b.seeds]
+        # as many joules as the distilled ones took: by their own price of a step, which this
+        # comparison's runs in between may have had in other company
+        trial = hard(hard_rate, b.seeds[0], b.steps // 4)
+        per_step = (trial.joules or math.nan) / trial.steps
+        spent = [(r.joules or math.nan) + extra for r in taught]
+        count = round(float(np.median(spent)) / per_step)
+        alone = [hard(hard_rate, seed, count) for seed in b.seeds]
     rows = []
     for name, found, more in (
         ("distilled", taught, extra), ("text alone, equal joules", alone, 0.0),
-        ("text alone, equal steps", equal_steps, 0.0),
     ):  # fmt: skip
         ends = [min(x for _, x in r.curve) for r in found]
         joules = [None if r.joules is None else r.joules + more for r in found]
@@ -347,7 +351,7 @@ def distil(b: Bench) -> dict[str, Any]:
                 "curves": [r.curve for r in found],
             }
         )  # fmt: skip
-        print(f"| {name} | {found[0].steps} | {told(joules)} J | {told(ends, 4)} |")
+        print(f"| {name} | {found[0].steps} | {told(joules)} J | {told(ends, 4)} |", flush=True)
     small = sum(p.numel() for p in b.model(b.a.width, b.a.layers, 0).parameters())
     return {
         "teacher": big.curve[-1][1], "parameters": [size, small], "rates": [rate, hard_rate],
@@ -372,6 +376,7 @@ def main() -> None:
     p.add_argument("--device", default="auto")
     p.add_argument("--precision", default="bfloat16")
     p.add_argument("--steps", type=int, default=300)
+    p.add_argument("--teacher-steps", type=int, default=0, help="0: twice the student's")
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--width", type=int, default=192)
     p.add_argument("--layers", type=int, default=6)
