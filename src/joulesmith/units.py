@@ -9,7 +9,10 @@ from joulesmith.errors import JoulesmithError
 JOULES_PER_WATT_HOUR = 3600.0
 JOULES_PER_KWH = 3.6e6
 
-_PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
+_PREFIXES = (
+    (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"),
+    (1e-6, "µ"), (1e-9, "n"), (1e-12, "p"),
+)  # fmt: skip
 
 
 def joules_to_kwh(joules: float) -> float:
@@ -59,4 +62,21 @@ def parse_joules(text: str, option: str) -> float:
         value = float(match[1]) * _FACTORS[match[2]] * factor
     if value <= 0:
         raise JoulesmithError(f"{option} {text[:40]!r}: give joules such as 50kJ, 2MJ or 0.1kWh")
+    return value
+
+
+_COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+
+
+def parse_count(text: str, option: str) -> float:
+    """ "8e9", "8B", "70b", "15T", "135M", "1.5k", "15_000" -> a count above 0. Raises
+    `JoulesmithError`, naming the option, for anything else."""
+    match = re.fullmatch(
+        r"\s*(\d[\d_,]{0,30}(?:\.\d{1,12})?(?:[eE]\+?\d{1,2})?)\s*([kKmMbBgGtT]?)\s*", text
+    )
+    value = 0.0
+    if match is not None:
+        value = float(re.sub("[_,]", "", match[1])) * _COUNTS[match[2].lower()]
+    if not 0 < value <= 1e30:
+        raise JoulesmithError(f"{option} {text[:40]!r}: give a number such as 8e9, 8B or 15T")
     return value

@@ -68,11 +68,11 @@ def parse_workload(text: str) -> tuple[int, int]:
 
 
 def parse_duration(text: str, option: str = "--time-budget") -> float:
-    """ "10m", "600s", "1h", "90" (seconds) -> seconds. Raises `JoulesmithError`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h)?", text.strip())
+    """ "10m", "600s", "50ms", "1h", "90" (seconds) -> seconds. Raises `JoulesmithError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h)?", text.strip())
     if match is None:
         raise JoulesmithError(f"{option} is a time such as 10m, 600s or 1h, got {text!r}")
-    return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600, None: 1}[match[2]]
+    return float(match[1]) * {"ms": 1e-3, "s": 1, "m": 60, "min": 60, "h": 3600, None: 1}[match[2]]
 
 
 @contextmanager
