@@ -33,20 +33,21 @@ def bits_of(precision: str | float) -> float:
 
     Raises `JoulesmithError` for anything else, with the names.
     """
-    if isinstance(precision, str):
-        found = BITS.get(precision.strip().lower())
+    bits = precision
+    if isinstance(bits, str):
+        found = BITS.get(bits.strip().lower())
         if found is not None:
             return found
         try:
-            precision = float(precision)
+            bits = float(bits)
         except ValueError:
-            precision = math.nan
-    if isinstance(precision, bool) or not 1 <= precision <= 64:
+            bits = math.nan
+    if isinstance(bits, bool) or not 1 <= bits <= 64:
         raise JoulesmithError(
             f"precision {str(precision)[:40]}: give bits per weight from 1 to 64, or one of "
             f"{', '.join(BITS)}"
         )
-    return float(precision)
+    return float(bits)
 
 
 def weight_bytes(shape: Shape, bits: float | None = None) -> float:
