@@ -25,7 +25,6 @@ from joulesmith.energy.command import (
     compare,
     measure_commands,
     merged,
-    price_for,
     report,
 )
 from joulesmith.energy.cpu_power import CpuPower
@@ -33,6 +32,7 @@ from joulesmith.energy.cpu_time import Descendants
 from joulesmith.energy.launch import CommandNotRunError, Ended
 from joulesmith.energy.memory import Resident, resident
 from joulesmith.energy.meter import EnergyMeter
+from joulesmith.energy.rates import price_for
 from joulesmith.energy.reading import Part, Reading
 from joulesmith.energy.series import Series
 from joulesmith.errors import JoulesmithError

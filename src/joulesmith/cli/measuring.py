@@ -126,7 +126,7 @@ def measure(
     from joulesmith.energy import command as room
     from joulesmith.energy.cpu_time import Descendants
     from joulesmith.energy.meter import EnergyMeter
-    from joulesmith.energy.rates import carbon_rate, price_rate
+    from joulesmith.energy.rates import carbon_rate, price_for, price_rate
 
     if not command:
         raise JoulesmithError("no command given: joulesmith measure [options] -- COMMAND...")
@@ -140,7 +140,7 @@ def measure(
     if repeat is None:
         repeat = 1 if compare is None else room.COMPARE_ROUNDS
     where = carbon_rate(grid)
-    rate = room.price_for(where) if price is None else price_rate(price)
+    rate = price_for(where) if price is None else price_rate(price)
     if output is not None:
         check_output(output)
     with (

@@ -18,13 +18,11 @@ from statistics import median
 from typing import Any
 
 from joulesmith.energy.carbon import (
-    DEFAULT,
     Amount,
     GridRow,
     PriceRow,
     bill,
     footprint,
-    price,
 )
 from joulesmith.energy.launch import NOT_FOUND, CommandNotRunError, Ended, launch
 from joulesmith.energy.meter import EnergyMeter
@@ -314,18 +312,6 @@ def _amount(of: Callable[..., Amount], m: Measured, rate: Any, pue: float) -> Am
         pedigree=worst(a.pedigree for a in found),
         notes=merged(n for a in found for n in a.notes),
     )
-
-
-def price_for(grid: GridRow | Series) -> PriceRow | None:
-    """The price of electricity where the grid is: its own, its country's, or none.
-
-    That of the world where the place is not known: a number, a series, a user's table.
-    """
-    code = DEFAULT if isinstance(grid, Series) or grid.basis == "given" else grid.code
-    for where in dict.fromkeys((code, code.partition("-")[0])):
-        with contextlib.suppress(JoulesmithError):
-            return price(where)
-    return None
 
 
 def merged(notes: Iterable[str]) -> tuple[str, ...]:

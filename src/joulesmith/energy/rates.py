@@ -7,12 +7,14 @@ a series over time (`series.read_series`) and NAME the zone.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import re
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from joulesmith.energy.carbon import (
+    DEFAULT,
     GridRow,
     PriceRow,
     grid,
@@ -59,6 +61,18 @@ def price_rate(text: str) -> PriceRow | Series:
             f"{path}: its values are grams of CO2e per kWh, not prices: give the file to --grid"
         )
     return series
+
+
+def price_for(grid: GridRow | Series) -> PriceRow | None:
+    """The price of electricity where the grid is: its own, its country's, or none.
+
+    That of the world where the place is not known: a number, a series, a user's table.
+    """
+    code = DEFAULT if isinstance(grid, Series) or grid.basis == "given" else grid.code
+    for where in dict.fromkeys((code, code.partition("-")[0])):
+        with contextlib.suppress(JoulesmithError):
+            return price(where)
+    return None
 
 
 def _row(
