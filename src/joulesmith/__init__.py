@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from joulesmith._version import __version__
 
 if TYPE_CHECKING:
+    from joulesmith import estimate
     from joulesmith.compress.recipe import Recipe, read_recipe
     from joulesmith.energy.meter import EnergyMeter
     from joulesmith.energy.reading import Reading
@@ -51,6 +52,7 @@ __all__ = [
     "Recipe",
     "Result",
     "__version__",
+    "estimate",
     "load",
     "measure_model",
     "optimize",
@@ -59,6 +61,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "estimate":
+        return import_module(f"{__name__}.estimate")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

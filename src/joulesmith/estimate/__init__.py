@@ -1,1 +1,106 @@
-"""Energy of training or serving a model of any size, before anything runs."""
+"""Energy of training or serving a model of any size, before anything runs.
+
+>>> from joulesmith import estimate
+>>> answer = estimate.serve(
+...     estimate.of_numbers(8e9), estimate.Setup(estimate.find("h100")), estimate.Traffic(batch=64)
+... )
+>>> answer.joules_per_token.low < answer.joules_per_token.value
+True
+
+Names load on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from joulesmith.estimate.answer import Constant, Figure
+    from joulesmith.estimate.comparing import Compared, compare
+    from joulesmith.estimate.daily import charge, fleet
+    from joulesmith.estimate.devices import Device, all_devices, find
+    from joulesmith.estimate.mixes import Mixed, mix
+    from joulesmith.estimate.parallel import Plan
+    from joulesmith.estimate.plain import of_numbers
+    from joulesmith.estimate.serving import (
+        Served,
+        Setup,
+        Traffic,
+        best_batch,
+        curve,
+        fewest_devices,
+        most_sequences,
+        serve,
+    )
+    from joulesmith.estimate.shape import Shape
+    from joulesmith.estimate.source import read
+    from joulesmith.estimate.training import TrainingEstimate
+    from joulesmith.estimate.training import estimate_training as train
+
+_HOME = {
+    "Compared": "comparing",
+    "Constant": "answer",
+    "Device": "devices",
+    "Figure": "answer",
+    "Mixed": "mixes",
+    "Plan": "parallel",
+    "Served": "serving",
+    "Setup": "serving",
+    "Shape": "shape",
+    "Traffic": "serving",
+    "TrainingEstimate": "training",
+    "all_devices": "devices",
+    "best_batch": "serving",
+    "charge": "daily",
+    "compare": "comparing",
+    "curve": "serving",
+    "fewest_devices": "serving",
+    "find": "devices",
+    "fleet": "daily",
+    "mix": "mixes",
+    "most_sequences": "serving",
+    "of_numbers": "plain",
+    "read": "source",
+    "serve": "serving",
+    "train": "training",
+}
+_NAMED = {"train": "estimate_training"}
+
+__all__ = [
+    "Compared",
+    "Constant",
+    "Device",
+    "Figure",
+    "Mixed",
+    "Plan",
+    "Served",
+    "Setup",
+    "Shape",
+    "Traffic",
+    "TrainingEstimate",
+    "all_devices",
+    "best_batch",
+    "charge",
+    "compare",
+    "curve",
+    "fewest_devices",
+    "find",
+    "fleet",
+    "mix",
+    "most_sequences",
+    "of_numbers",
+    "read",
+    "serve",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), _NAMED.get(name, name))
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
