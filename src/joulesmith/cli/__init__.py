@@ -14,7 +14,7 @@ from joulesmith.errors import JoulesmithError
 
 # isort: off
 # In the order in which --help lists the commands.
-from joulesmith.cli import make, training, measuring, machine, looking  # noqa: F401
+from joulesmith.cli import make, training, measuring, machine, looking, estimating  # noqa: F401
 # isort: on
 
 __all__ = ["app", "main", "parse_duration", "parse_keep", "parse_workload"]
