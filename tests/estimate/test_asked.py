@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -257,3 +259,24 @@ def test_python_has_the_same_by_name() -> None:
     assert set(dir(estimate)) == set(estimate.__all__)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = estimate.nonsense
+
+
+def test_docs_tell_the_errors_that_were_found() -> None:
+    home = Path(__file__).parents[2]
+    found = (home / "benchmarks/results/estimate_serving.md").read_text("utf-8")
+    docs = (home / "docs/estimate.md").read_text("utf-8")
+    rows = re.findall(
+        r"^\| (.+?) \| (\d+) \| ([\d.]+) % \| ([\d.]+) % \| ([\d.]+) % \|$", docs, re.M
+    )
+    assert len(rows) == 5
+    for name, count, family, device, peer in rows:
+        cells = next(x for x in found.splitlines() if x.startswith(f"| {name} |")).split(" | ")
+        assert [cells[1], cells[3], cells[5], cells[6]] == [
+            count,
+            f"{family}%",
+            f"{device}%",
+            f"{peer}%",
+        ]
+    code = re.search(r"```python\n(.*?)```", docs, re.S)
+    assert code is not None
+    exec(code[1].replace('estimate.read("config.json")', "estimate.of_numbers(8e9)"), {})

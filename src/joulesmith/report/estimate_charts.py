@@ -140,16 +140,19 @@ def batch_curve(a: ServeAnswer, width: int, height: int, name: str) -> str | Non
         fast = [s.traffic.batch for s in a.curve if s.seconds.value <= a.latency_s]
         if fast and max(fast) < last:
             marks.append((float(max(fast)), f"{a.latency_s * 1e3:g} ms a step", "fail"))
-    for at, words, ink in marks:
-        layers += [
+    for at, _, ink in marks:
+        layers.append(
             alt.Chart(data([{"x": at, "y": y0, "end": y1}]))
             .mark_rule(stroke=light(ink), strokeWidth=1.4, strokeDash=[6, 4])
-            .encode(x=x, y=alt.Y("y:Q"), y2="end:Q"),
-            alt.Chart(data([{"x": at, "y": y1, "text": words}]))
-            .mark_text(
-                align="right", dx=-6, dy=12 if ink == "soft" else 28, fontSize=12, fill=light(ink)
-            )
-            .encode(x=x, y=y, text="text:N"),
+            .encode(x=x, y=alt.Y("y:Q"), y2="end:Q")
+        )
+    for at, words, ink in marks:
+        text = alt.Chart(data([{"x": at, "y": y1, "text": words}]))
+        place = {"align": "right", "dx": -6, "dy": 12 if ink == "soft" else 28, "fontSize": 12}
+        halo = text.mark_text(stroke=light("card"), strokeWidth=5, fill=light("card"), **place)
+        layers += [
+            mark.encode(x=x, y=y, text="text:N")
+            for mark in (halo, text.mark_text(fill=light(ink), **place))
         ]
     one = _curve_row(a.served)
     layers.append(
