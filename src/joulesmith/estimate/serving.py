@@ -413,7 +413,11 @@ def _too_big(
     d = setup.device
     weights = work.weight_bytes(shape, setup.bits)
     most = most_sequences(shape, setup, traffic)
-    advice = f"give a batch of at most {most}, more devices" if most else "give more devices"
+    advice = f"give a batch of at most {most}, more devices"
+    if not most:
+        more = (replace(setup, devices=setup.devices << k) for k in range(1, 11))
+        least = next((x.devices for x in more if most_sequences(shape, x, traffic)), None)
+        advice = "give more devices" if least is None else f"give {least} devices"
     return JoulesmithError(
         f"{shape.name} needs {needed / 2**30:.4g} GiB ({weights / 2**30:.4g} of weights) for a "
         f"batch of {traffic.batch:g}, of {room / 2**30:.4g} GiB that {setup.devices} x {d.name} "
