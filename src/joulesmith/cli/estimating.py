@@ -300,7 +300,7 @@ def train(
         teacher=None if teacher is None else options.teacher_of(teacher),
         utilisation=utilisation, power=power, pue=pue, grid=where, price=rate or "WORLD",
     )  # fmt: skip
-    from joulesmith.report.estimate_tables import render_train
+    from joulesmith.report.estimate_training_tables import render_train
 
     options.tell(
         told_train(found), found.constants, shape, json_=json_, explain=explain, report=report,

@@ -12,6 +12,7 @@ from joulesmith._version import __version__
 from joulesmith.atomic import atomic_path
 from joulesmith.report import estimate_charts as charts
 from joulesmith.report import estimate_tables as tables
+from joulesmith.report import estimate_training_tables as training
 from joulesmith.report import figures, palette
 from joulesmith.report.charts import Key
 from joulesmith.report.page import environment
@@ -266,7 +267,7 @@ def train_page(a: TrainAnswer) -> str:
                 narrow=charts.speed_up(a, NARROW, 280, "un"),
                 caption="Dashed: nothing lost. The diamond is the estimate above.",
                 head=("Devices", "Hours", "kWh", "Speed-up", "Of the ideal", "Joules"),
-                rows=tables.scaling_rows(a),
+                rows=training.scaling_rows(a),
                 marked=_at([x.devices for x in a.scaling], t.devices),
             )
         )  # fmt: skip
@@ -279,9 +280,9 @@ def train_page(a: TrainAnswer) -> str:
                     caption="Dashed: the fewest devices'.",
                 )
             )  # fmt: skip
-    facts = [(n.strip(), v) for n, v in tables.train_rows(a)]
+    facts = [(n.strip(), v) for n, v in training.train_rows(a)]
     sections.append(Section("how", "How it is trained", facts=facts))
-    return _page("Training", tables.train_headline(a), _eyebrow(a.shape, ""), cards, sections,
+    return _page("Training", training.train_headline(a), _eyebrow(a.shape, ""), cards, sections,
                  a.notes, a.constants, a.shape)  # fmt: skip
 
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from joulesmith.estimate.answer import Constant, Figure
     from joulesmith.estimate.asked import CompareAnswer, ServeAnswer, Work
-    from joulesmith.estimate.asked_training import TrainAnswer
     from joulesmith.estimate.daily import Fleet
     from joulesmith.estimate.serving import Served, Traffic
     from joulesmith.estimate.shape import Shape
@@ -24,24 +23,16 @@ LIMITS = {
     "memory": "memory bandwidth", "compute": "compute", "overhead": "the engine's overhead",
     "links": "links between devices", "power": "the power limit",
 }  # fmt: skip
-PARTS = {
-    "compute": "arithmetic", "memory": "memory", "communication": "communication",
-    "storage": "storage", "host": "hosts", "idle": "waiting", "overhead": "the building (PUE)",
-}  # fmt: skip
-WAITS = {
-    "data": "gradients", "tensor": "tensor parallelism", "pipeline": "the pipeline",
-    "expert": "experts", "bubble": "the pipeline's bubble",
-}  # fmt: skip
 SPLIT = {"static": "power drawn whatever it does", "bytes": "moving bytes", "flops": "arithmetic"}
 
 
 def render_serve(a: ServeAnswer, console: Console) -> None:
     """Verdict, figures, and the curve over batches where the batch was not given."""
-    _say(console, headline(a))
-    _grid(console, [*model_rows(a.shape, a.work), *serve_rows(a)])
+    say(console, headline(a))
+    grid(console, [*model_rows(a.shape, a.work), *serve_rows(a)])
     if a.chosen and len(a.curve) > 1:
         _curve(a, console)
-    _notes(console, a.notes, a.shape)
+    notes(console, a.notes, a.shape)
 
 
 def headline(a: ServeAnswer) -> str:
@@ -160,11 +151,11 @@ def render_compare(a: CompareAnswer, console: Console) -> None:
 
     t = a.traffic
     limit = "" if a.latency_s is None else f", a step within {a.latency_s * 1e3:g} ms"
-    _say(
+    say(
         console,
         f"{a.shape.name}, {request_words(t)}{limit}: modelled, 90 % intervals",
     )
-    _grid(console, model_rows(a.shape, a.work)[:1])
+    grid(console, model_rows(a.shape, a.work)[:1])
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("")
     for head in ("J/token", "90 %", "ratio", "batch", "tokens/s", "step"):
@@ -174,7 +165,7 @@ def render_compare(a: CompareAnswer, console: Console) -> None:
             continue
         s, e = r.served, r.served.joules_per_token
         table.add_row(*(
-            _text(x, console) for x in (
+            text(x, console) for x in (
                 f"{s.setup.devices} x {r.name}", quantity(e.value, "J"),
                 figures.interval(e.low, e.high), figures.fixed(r.ratio, 2),
                 whole(s.traffic.batch), quantity(s.tokens_per_second.value, "").strip(),
@@ -183,11 +174,11 @@ def render_compare(a: CompareAnswer, console: Console) -> None:
         ))  # fmt: skip
     console.print(table)
     for line in verdicts(a):
-        _say(console, line)
+        say(console, line)
     for f, r in zip(a.fleets, a.rows, strict=False):
         if f is not None:
-            _grid(console, [("on", r.name), *fleet_rows(f)])
-    _notes(console, a.notes, a.shape)
+            grid(console, [("on", r.name), *fleet_rows(f)])
+    notes(console, a.notes, a.shape)
 
 
 def verdicts(a: CompareAnswer) -> list[str]:
@@ -208,124 +199,12 @@ def verdicts(a: CompareAnswer) -> list[str]:
     return lines
 
 
-def render_train(a: TrainAnswer, console: Console) -> None:
-    """Verdict, figures, and the same on more devices."""
-    _say(console, train_headline(a))
-    _grid(console, train_rows(a))
-    if len(a.scaling) > 1:
-        from rich.table import Table
-
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for head in ("devices", "hours", "kWh", "speed-up", "of ideal", "joules"):
-            table.add_column(head, justify="right", no_wrap=True)
-        for cells in scaling_rows(a):
-            table.add_row(*(_text(x, console) for x in cells))
-        console.print(table)
-    _notes(console, a.notes, a.shape)
-
-
-def train_headline(a: TrainAnswer) -> str:
-    t = a.training
-    words = {"full": "training", "finetune": "fine-tuning", "lora": "LoRA", "distil": "distilling"}
-    cost = "energy unknown" if t.kwh is None else ranged(t.kwh.times(1000), "Wh")
-    if cost.endswith(")"):
-        cost = f"{cost[:-1]}, 90 %)"
-    return (
-        f"{a.shape.name}, {words[t.mode]} on {quantity(t.tokens, '').strip()} tokens with "
-        f"{t.devices:,} x {t.device}: {amount(t.hours.value)} hours, {cost}, modelled"
-    )
-
-
-def train_rows(a: TrainAnswer) -> Rows:
-    t, shape = a.training, a.shape
-    active = "" if shape.active == shape.parameters else (
-        f", {quantity(shape.active, '').strip()} active"
-    )  # fmt: skip
-    rows: Rows = [
-        ("parameters", f"{quantity(shape.parameters, '').strip()}{active}"),
-        ("arithmetic", f"{t.flops:.3g} FLOP; activations computed again: {t.recompute}"),
-        ("plan", plan_words(a)),
-        ("hours", _plain(t.hours)),
-        ("device-hours", _plain(t.device_hours)),
-        (
-            "utilisation",
-            f"{figures.percent(t.utilisation.value)} "
-            f"({figures.percent(t.utilisation.low)} to {figures.percent(t.utilisation.high)})",
-        ),
-        ("a step", step_words(a)),
-        ("memory a device", quantity(t.device_bytes, "B")),
-    ]
-    if t.watts is not None:
-        rows.append(("power a device, with host", ranged(t.watts, "W")))
-    if t.kwh is not None and t.joules_per_token is not None and t.joules_per_parameter is not None:
-        rows += [
-            ("energy", f"{_plain(t.kwh)} kWh"),
-            ("  goes into", parts_words(a)),
-            ("  per token", ranged(t.joules_per_token, "J")),
-            ("  per parameter", ranged(t.joules_per_parameter, "J")),
-        ]
-    if t.kg_co2e is not None:
-        rows.append(
-            ("carbon", f"{_plain(t.kg_co2e)} kgCO2e; {t.grid.name}, {t.grid.gco2e_per_kwh:g} g/kWh")
-        )
-    if t.energy_cost is not None:
-        rows.append(("electricity", f"{_plain(t.energy_cost)} {t.price.currency}; {t.price.name}"))
-    if t.rent_usd is not None:
-        rows.append(("rent of the devices", f"{_plain(t.rent_usd)} USD"))
-    return rows
-
-
-def plan_words(a: TrainAnswer) -> str:
-    """Ranks of each kind, and what a step holds."""
-    t = a.training
-    kinds = ("data", "tensor", "pipeline", "expert")
-    ranks = [f"{getattr(t.plan, k)} {k}" for k in kinds if getattr(t.plan, k) > 1]
-    told = " x ".join(ranks[:3]) or "one device"
-    if t.plan.data > 1:
-        told += f", sharding {t.plan.sharding}"
-    return f"{told}; {whole(t.batch_tokens)} tokens a step, {t.sequence:,} a sequence"
-
-
-def step_words(a: TrainAnswer) -> str:
-    s = a.training.step
-    waits = [f"{WAITS[k]} {figures.percent(getattr(s, k) / s.seconds, 0)}" for k in WAITS
-             if getattr(s, k) > 0.005 * s.seconds]  # fmt: skip
-    return f"{quantity(s.seconds, 's')}" + (f", of it {', '.join(waits)}" if waits else "")
-
-
-def parts_words(a: TrainAnswer) -> str:
-    p = a.training.parts
-    if p is None:
-        return figures.UNKNOWN
-    found = [(PARTS[k], getattr(p, k) / p.total) for k in PARTS]
-    return ", ".join(f"{name} {figures.percent(x, 0)}" for name, x in found if x > 0.005)
-
-
-def scaling_rows(a: TrainAnswer) -> list[tuple[str, ...]]:
-    """devices, hours, kWh, speed-up, share of the ideal, joules over the fewest devices'."""
-    first = a.scaling[0].kwh
-    rows: list[tuple[str, ...]] = []
-    for x in a.scaling:
-        ratio = None if x.kwh is None or not first else x.kwh / first
-        rows.append((
-            f"{x.devices:,}", amount(x.hours), "unknown" if x.kwh is None else amount(x.kwh),
-            f"{x.speedup:.2f}", figures.percent(x.speedup / x.ideal, 0),
-            figures.UNKNOWN if ratio is None else f"x {ratio:.2f}",
-        ))  # fmt: skip
-    return rows
-
-
-def _plain(f: Figure) -> str:
-    """Without prefix: ``"1,230 (900 to 1,500)"``."""
-    return f"{amount(f.value)} ({amount(f.low)} to {amount(f.high)})"
-
-
 def render_constants(constants: Sequence[Constant], shape: Shape, console: Console) -> None:
     """What an estimate rests on: rules for the shape's numbers that nobody gave, and constants."""
     from rich.table import Table
 
     for rule in shape.assumed:
-        _say(console, f"assumed: {rule}")
+        say(console, f"assumed: {rule}")
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for head in ("constant", "value", "unit", "basis", "source"):
@@ -333,7 +212,7 @@ def render_constants(constants: Sequence[Constant], shape: Shape, console: Conso
                          no_wrap=head in ("value", "basis"))  # fmt: skip
     for c in constants:
         cells = (c.name, f"{c.value:.4g}", c.unit, c.basis, c.source)
-        table.add_row(*(_text(x, console) for x in cells))
+        table.add_row(*(text(x, console) for x in cells))
     console.print(table)
 
 
@@ -374,7 +253,7 @@ def _curve(a: ServeAnswer, console: Console) -> None:
         elif a.latency_s is not None and s.seconds.value > a.latency_s:
             marks.append("too slow")
         table.add_row(*(
-            _text(x, console) for x in (
+            text(x, console) for x in (
                 whole(b), quantity(e.value, "J"), figures.interval(e.low, e.high),
                 quantity(s.tokens_per_second.value, "").strip(), quantity(s.seconds.value, "s"),
                 s.limit, ", ".join(marks),
@@ -393,31 +272,36 @@ def thinned(a: ServeAnswer) -> list[Served]:
     ]  # fmt: skip
 
 
-def _notes(console: Console, notes: Sequence[str], shape: Shape) -> None:
+def notes(console: Console, notes: Sequence[str], shape: Shape) -> None:
     if shape.assumed:
         found = ", ".join(rule.partition(":")[0].replace(" = ", " ") for rule in shape.assumed)
-        _say(console, f"assumed: {found} (--explain says why)")
+        say(console, f"assumed: {found} (--explain says why)")
     for note in notes:
-        _say(console, f"note: {note}")
+        say(console, f"note: {note}")
 
 
-def _grid(console: Console, rows: Rows) -> None:
+def grid(console: Console, rows: Rows) -> None:
     from rich.table import Table
 
-    grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True)
-    grid.add_column()
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column()
     for name, value in rows:
-        grid.add_row(_text(name, console), _text(value, console))
-    console.print(grid)
+        table.add_row(text(name, console), text(value, console))
+    console.print(table)
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(_text(text, console))
+def say(console: Console, line: str) -> None:
+    console.print(text(line, console))
 
 
-def _text(text: str, console: Console) -> Text:
+def text(words: str, console: Console) -> Text:
     """Names come from files: made harmless, never read as markup."""
     from rich.text import Text
 
-    return Text(figures.printable(text, console.encoding))
+    return Text(figures.printable(words, console.encoding))
+
+
+def plain(f: Figure) -> str:
+    """Without prefix: ``"1,230 (900 to 1,500)"``."""
+    return f"{amount(f.value)} ({amount(f.low)} to {amount(f.high)})"
