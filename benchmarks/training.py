@@ -60,7 +60,10 @@ class Bench:
         raw = np.frombuffer(Path(a.text).read_bytes(), np.uint8).astype(np.int32)
         cut = len(raw) * 9 // 10
         windows = raw[: len(raw) // LENGTH * LENGTH].reshape(-1, LENGTH)
-        self.windows = np.ascontiguousarray(windows[: cut // LENGTH])
+        train = windows[: cut // LENGTH]
+        if a.windows:
+            train = train[:: max(1, len(train) // a.windows)][: a.windows]
+        self.windows = np.ascontiguousarray(train)
         held = windows[cut // LENGTH :]
         self.held = np.ascontiguousarray(held[:: max(1, len(held) // a.held)][: a.held])
         self.seeds, self.steps = a.seeds, a.steps
@@ -207,7 +210,7 @@ def data_choices(b: Bench) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     half = b.windows[np.sort(rng.permutation(len(b.windows))[: len(b.windows) // 2])]
     few = half[: max(8, len(half) // 8)]
-    doubled = np.concatenate([half, *[few] * 4])
+    doubled = np.concatenate([half, *[few] * 24])
     kept = doubled[data.without_repeats(doubled, 0.5)]
     choices = {
         "all windows": (b.windows, {}),
@@ -216,7 +219,7 @@ def data_choices(b: Bench) -> dict[str, Any]:
         "high half by gradient": (b.windows[data.by_score(hard, 0.5, "high")], {}),
         "a random half": (half, {}),
         "short windows first": (b.windows, {"start_length": 32}),
-        "half, an eighth of it five times": (doubled, {}),
+        "half, an eighth of it 25 times": (doubled, {}),
         "the same, repeats left out": (kept, {}),
     }
     runs = {
@@ -376,6 +379,7 @@ def main() -> None:
     p.add_argument("--device", default="auto")
     p.add_argument("--precision", default="bfloat16")
     p.add_argument("--steps", type=int, default=300)
+    p.add_argument("--windows", type=int, default=0, help="to train on at most; 0: all")
     p.add_argument("--teacher-steps", type=int, default=0, help="0: twice the student's")
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--width", type=int, default=192)
