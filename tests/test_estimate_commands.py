@@ -131,6 +131,11 @@ def test_training() -> None:
     assert own["hours"] == pytest.approx(found["hours"]["value"])
     assert own["kwh"] == pytest.approx(found["kwh"]["value"])
     assert [x["hours"] for x in scaling] == sorted((x["hours"] for x in scaling), reverse=True)
+    alone = told(*TRAIN, "--devices", "128")
+    twice = next(x for x in scaling if x["devices"] == 128)
+    assert twice["hours"] == pytest.approx(alone["hours"]["value"])
+    assert told(*TRAIN, "--devices", "64", "--utilisation", "0.4")["scaling"] == []
+    assert "speed-up" not in said(*TRAIN, "--devices", "64", "--utilisation", "0.4")
     planned = told(*TRAIN, "--plan", "data=8,tensor=4,pipeline=2,sharding=optimizer")
     assert planned["setup"]["devices"] == 64 and planned["setup"]["plan"]["tensor"] == 4
     small = ["estimate", "train", "--params", "1B", "--tokens", "1B", "--device", "a100"]

@@ -8,32 +8,35 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from joulesmith.estimate import parallel, training_fit
+from joulesmith.errors import JoulesmithError
 from joulesmith.estimate.answer import Constant
-from joulesmith.estimate.devices import Device, precision_name
+from joulesmith.estimate.devices import Device
 from joulesmith.estimate.shape import Shape
-from joulesmith.estimate.training import BITS, TrainingEstimate, estimate_training
+from joulesmith.estimate.training import TrainingEstimate, estimate_training
 
-TIMES = (2, 4, 8, 16)
-"""More or fewer data ranks than the estimate's, for the curve."""
+FEWER, MORE = (16, 8, 4, 2), (2, 4)
+"""Parts of the estimate's devices and times as many, for the curve; far beyond what is usual the fit
+of utilisation has seen nothing."""
 
 
 @dataclass(frozen=True)
 class Wider:
-    """The same training on so many devices. speedup: over the fewest; ideal: with nothing lost.
-    hours, kwh: at the value of the estimate, which is one of the points; kwh None if unknown."""
+    """The same training on so many devices, as an estimate of its own says. speedup: over the
+    fewest; ideal: with nothing lost. waits: share of a step that is not compute. kwh None if
+    unknown."""
 
     devices: int
     hours: float
     kwh: float | None
     speedup: float
     ideal: float
-    efficiency: float
+    waits: float
 
 
 @dataclass(frozen=True)
 class TrainAnswer:
-    """scaling: on fewer and on more devices, in rising order."""
+    """scaling: on fewer and on more devices, in rising order, the estimate among them; empty where
+    utilisation was given, which is that of one number of devices."""
 
     shape: Shape
     training: TrainingEstimate
@@ -53,44 +56,37 @@ def answer_train(
 ) -> TrainAnswer:
     """A training, and what more devices would make of it. given: as `estimate_training` takes."""
     found = estimate_training(shape, tokens, device, devices, **given)
-    return TrainAnswer(shape, found, _scaling(shape, device, found, given))
+    return TrainAnswer(shape, found, _scaling(shape, tokens, device, found, given))
 
 
 def _scaling(
-    shape: Shape, device: Device, t: TrainingEstimate, given: dict[str, Any]
+    shape: Shape, tokens: float, device: Device, t: TrainingEstimate, given: dict[str, Any]
 ) -> tuple[Wider, ...]:
-    """On as few data ranks as hold the model, up to as many as get a sequence each. The batch
-    stays; what a plan waits for changes."""
-    settings = training_fit.Settings(
-        sequence=t.sequence, bits=BITS.get(precision_name(given.get("precision", "bf16")), 16),
-        recompute=given.get("recompute"), optimizer=given.get("optimizer", "adamw"),
-        lora_rank=given.get("lora_rank", 16) if t.mode == "lora" else None,
-        teacher=given.get("teacher") if t.mode == "distil" else None,
-    )  # fmt: skip
-    own = t.plan.data
-    ranks = {own, *(own * k for k in TIMES), *(own // k for k in TIMES if own % k == 0)}
-    ranks = {
-        d for d in ranks
-        if d == own or (
-            d % t.plan.expert == 0
-            and d * t.sequence <= t.batch_tokens
-            and training_fit.fitting(shape, replace(t.plan, data=d), device, settings) is not None
-        )
-    }  # fmt: skip
-    # of the products alone: what is waited for is what the curve is about
-    share = min(0.9, t.utilisation.value / t.step.efficiency)
-    points = parallel.curve(
-        shape, t.plan, device, sorted(ranks), t.batch_tokens,
-        t.step.compute * t.plan.devices * share, utilisation=share, peak=1.0,
-        links=given.get("links"), sequence=t.sequence,
-    )  # fmt: skip
-    one = next(x for x in points if x.devices == t.plan.devices)
+    """As few devices as hold the model, up to as many as there is work for. A given plan keeps its
+    ranks but for the data ranks; otherwise each number has its usual plan."""
+    if given.get("utilisation") is not None:
+        return ()
+    found = {t.devices: t}
+    plan = given.get("plan")
+    for devices in (*(t.devices // k for k in FEWER), *(t.devices * k for k in MORE)):
+        own = dict(given)
+        if plan is not None:
+            data = devices * plan.data // t.devices
+            if data < 1 or data * t.devices != devices * plan.data:
+                continue
+            own["plan"] = replace(plan, data=data, expert=min(plan.expert, data))
+        try:
+            if devices >= 1 and devices not in found:
+                one = estimate_training(shape, tokens, device, devices, **own)
+                if one.batch_tokens >= one.plan.data * one.sequence:  # a sequence for each
+                    found[devices] = one
+        except JoulesmithError:
+            continue  # does not fit, or makes no plan
+    first = found[min(found)]
     return tuple(
         Wider(
-            x.devices, t.hours.value * one.speedup / x.speedup,
-            None if t.kwh is None or x.joules_ratio is None or not one.joules_ratio
-            else t.kwh.value * x.joules_ratio / one.joules_ratio,
-            x.speedup, x.ideal, x.efficiency,
+            n, x.hours.value, None if x.kwh is None else x.kwh.value,
+            first.hours.value / x.hours.value, n / first.devices, 1 - x.step.efficiency,
         )
-        for x in points
+        for n, x in sorted(found.items())
     )  # fmt: skip

@@ -261,12 +261,11 @@ def train_page(a: TrainAnswer) -> str:
         sections.append(
             Section(
                 "wider", "More devices",
-                "The same tokens in the same batches on fewer and on more devices: what each "
-                "doubling gains and costs.",
+                "The same training on fewer and on more devices: what a doubling gains and costs.",
                 wide=charts.speed_up(a, WIDE, 320, "uw"),
                 narrow=charts.speed_up(a, NARROW, 280, "un"),
                 caption="Dashed: nothing lost. The diamond is the estimate above.",
-                head=("Devices", "Hours", "kWh", "Speed-up", "Of the ideal", "Joules"),
+                head=("Devices", "Hours", "kWh", "Speed-up", "Of the ideal", "Joules", "Waited"),
                 rows=training.scaling_rows(a),
                 marked=_at([x.devices for x in a.scaling], t.devices),
             )

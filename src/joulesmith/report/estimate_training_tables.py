@@ -32,7 +32,7 @@ def render_train(a: TrainAnswer, console: Console) -> None:
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for head in ("devices", "hours", "kWh", "speed-up", "of ideal", "joules"):
+        for head in ("devices", "hours", "kWh", "speed-up", "of ideal", "joules", "waited"):
             table.add_column(head, justify="right", no_wrap=True)
         for cells in scaling_rows(a):
             table.add_row(*(tables.text(x, console) for x in cells))
@@ -123,8 +123,9 @@ def parts_words(a: TrainAnswer) -> str:
 
 
 def scaling_rows(a: TrainAnswer) -> list[tuple[str, ...]]:
-    """devices, hours, kWh, speed-up, share of the ideal, joules over the fewest devices'."""
-    first = a.scaling[0].kwh
+    """devices, hours, kWh, speed-up, its share of the ideal, joules over the fewest devices',
+    and what of a step the plan waits for."""
+    first = a.scaling[0].kwh if a.scaling else None
     rows: list[tuple[str, ...]] = []
     for x in a.scaling:
         ratio = None if x.kwh is None or not first else x.kwh / first
@@ -132,6 +133,6 @@ def scaling_rows(a: TrainAnswer) -> list[tuple[str, ...]]:
             f"{x.devices:,}", tables.amount(x.hours),
             figures.UNKNOWN if x.kwh is None else tables.amount(x.kwh),
             f"{x.speedup:.2f}", figures.percent(x.speedup / x.ideal, 0),
-            figures.UNKNOWN if ratio is None else f"x {ratio:.2f}",
+            figures.UNKNOWN if ratio is None else f"x {ratio:.2f}", figures.percent(x.waits, 0),
         ))  # fmt: skip
     return rows
