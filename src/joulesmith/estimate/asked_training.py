@@ -15,8 +15,8 @@ from joulesmith.estimate.shape import Shape
 from joulesmith.estimate.training import TrainingEstimate, estimate_training
 
 FEWER, MORE = (16, 8, 4, 2), (2, 4)
-"""Parts of the estimate's devices and times as many, for the curve; far beyond what is usual the fit
-of utilisation has seen nothing."""
+"""Parts of the estimate's devices and times as many, for the curve: far beyond what is usual, the
+fit of utilisation has seen nothing."""
 
 
 @dataclass(frozen=True)
