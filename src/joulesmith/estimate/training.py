@@ -146,6 +146,9 @@ def estimate_training(
         )
         if ordinary is None:
             share = _by_plan(shape, device, plan, settings, links, batch, seconds, trained, share)
+        share = _possible(
+            shape, plan, batch, load.base / tokens * batch / peak, links, sequence, trained, share
+        )
     whole = load.base / (peak * 3600)  # device-hours at the peak
     device_hours = Figure(whole / share.value, whole / share.high, whole / share.low)
     one = _step(
@@ -303,6 +306,27 @@ def _by_plan(
     return Figure(*(min(mfu.MOST, x * ratio) for x in (share.value, share.low, share.high)))
 
 
+def _possible(
+    shape: Shape,
+    plan: Plan,
+    batch: float,
+    ideal: float,
+    links: parallel.Links,
+    sequence: int,
+    trained: float | None,
+    share: Figure,
+) -> Figure:
+    """``share``, but no more than is left where products run as fast as they ever do and the plan
+    waits for the rest. Published runs, which it comes from, were not spread as thin as that.
+
+    ideal: device-seconds of a step's products at the peak."""
+    most = value("products at best")
+    one = parallel.step(shape, plan, batch, ideal / most, links, sequence=sequence, trained=trained)
+    waits = (one.seconds - one.compute) * (1 - value("waits that finer schedules hide"))
+    limit = most * one.compute / (one.compute + waits)
+    return Figure(*(min(limit, x) for x in (share.value, share.low, share.high)))
+
+
 def _step(
     shape: Shape,
     plan: Plan,
@@ -352,7 +376,13 @@ def _joules(parts: Parts, device_hours: Figure, draws: list[training_power.Draw]
 def _constants(
     device: Device, share: float | None, power: float | None, draws: list[training_power.Draw]
 ) -> tuple[Constant, ...]:
-    names = ("usual PUE", "usual sequence", "usual batch")
+    names = (
+        "usual PUE",
+        "usual sequence",
+        "usual batch",
+        "products at best",
+        "waits that finer schedules hide",
+    )
     found = [*(shipped()[n] for n in names), *parallel.constants()]
     if share is None:
         found += mfu.constants(device)
