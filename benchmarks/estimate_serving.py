@@ -5,8 +5,8 @@ errors on model families that were left out.
         [--write] [--out results/estimate_serving.md]
 
 The table has a row a measurement: model, GPU and how many, batch, tokens in and out, joules per
-output token, tokens a second. ``--write`` renews src/joulesmith/estimate/serving.json. The peer is
-the formula of EcoLogits, called from its package where that is installed.
+output token, tokens a second. ``--write`` renews src/joulesmith/estimate/serving/fitted.json. The
+peer is the formula of EcoLogits, called from its package where that is installed.
 
 Fitted together are logarithms of joules and of seconds a step, with a loss that grows linearly for
 large errors (pseudo-Huber). All constants are logarithms with a prior, stated below; those of a
@@ -28,14 +28,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from joulesmith.estimate import serving, work
 from joulesmith.estimate.devices import find
-from joulesmith.estimate.hub_config import of_config
-from joulesmith.estimate.roofline import Constants, Pass, cost
-from joulesmith.estimate.shape import Shape
+from joulesmith.estimate.model import work
+from joulesmith.estimate.model.hub_config import of_config
+from joulesmith.estimate.model.shape import Shape
+from joulesmith.estimate.serving import setup as serving_setup
+from joulesmith.estimate.serving.roofline import Constants, Pass, cost
 
 HERE = Path(__file__).parent
-TARGET = HERE.parent / "src/joulesmith/estimate" / serving.FILE
+TARGET = HERE.parent / "src/joulesmith/estimate" / serving_setup.FILE
 # Mean and spread of the logarithm: what is known before any row is seen.
 DEVICE = {
     "static": (0.3, 0.4), "per_byte": (0.35, 0.4), "per_flop": (0.7, 0.4),
@@ -56,10 +57,10 @@ NOISE, SECONDS = 0.08, 0.5
 """Spread of a row's logarithm, and the weight of its seconds."""
 CHAT = "mlenergy"
 ENGINES = {
-    "mlenergy-v3": serving.SERVED,
+    "mlenergy-v3": serving_setup.SERVED,
     "mlenergy-v2": "vLLM 2024",
     "splitwise-isca24": "vLLM 2023",
-    "own": serving.BARE,
+    "own": serving_setup.BARE,
 }
 
 
@@ -223,7 +224,7 @@ class Fit:
                 mean += [float(np.log(middle))] * times
                 spread += [s] * times
         self.mean, self.spread = np.array(mean), np.array(spread)
-        self.bare = rows.engines.index(serving.BARE)
+        self.bare = rows.engines.index(serving_setup.BARE)
 
     def predict(self, v: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Joules a token and seconds a step of all rows."""

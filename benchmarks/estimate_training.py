@@ -5,8 +5,8 @@
 TRAINING.csv: published runs; columns model, family, params_b, active_params_b, tokens_b,
 accelerator, n_accel, accel_hours, wall_days, power_w_per_accel, power_basis, pue,
 carbon_intensity_kg_kwh, energy_mwh, tco2e, energy_is_circular. Published figures besides lie in
-training_runs.csv and training_power.csv here, with their sources. --write: the constants, fitted to
-all of it, to training_fitted.csv in the package.
+training_runs.csv and power_model.csv here, with their sources. --write: the constants, fitted to
+all of it, to fitted.csv in the package.
 
 "Left out": nothing of the family that is predicted enters the fit, nor the choice of its widths,
 nor the calibration of its intervals, which is done on families left out once more.
@@ -41,10 +41,10 @@ from fit_training import (
 )
 
 from joulesmith.atomic import atomic_path
-from joulesmith.estimate import training_power as power
-from joulesmith.estimate import utilisation as mfu
 from joulesmith.estimate.answer import Figure
-from joulesmith.estimate.training_constants import FITTED, GENERATION
+from joulesmith.estimate.training import power_model
+from joulesmith.estimate.training import utilisation as mfu
+from joulesmith.estimate.training.constants import FITTED, GENERATION
 
 FIXED = 0.40
 PACKAGE = Path(__file__).parents[1] / "src/joulesmith/estimate"
@@ -261,7 +261,9 @@ def gpu_energies(runs: Sequence[Run], rows: Sequence[Measured]) -> list[str]:
         count = mfu.usual_devices(flops, h100.peak("bf16") or math.nan)
         share = mfu.predict(h100, active, count, coefficients=c).value
         hours = flops / ((h100.peak("bf16") or math.nan) * 3600 * share)
-        watts = power.draw(h100, share, exponent=fit_power(rows)[0], host_share=0.0, factor=1.0)
+        watts = power_model.draw(
+            h100, share, exponent=fit_power(rows)[0], host_share=0.0, factor=1.0
+        )
         mwh = hours * watts.device / 1e6
         lines.append(f"| {name} | {truth:g} | {mwh:.0f} | {100 * (mwh / truth - 1):+.0f} |")
     return [*lines, ""]
@@ -306,7 +308,7 @@ def energies(
 def constants(
     c: mfu.Coefficients, watts: tuple[float, float], factor: float
 ) -> list[tuple[str, float, str]]:
-    """Name, value and unit of what training_fitted.csv holds."""
+    """Name, value and unit of what fitted.csv holds."""
     return [
         ("utilisation", c.base, "share of the 16-bit peak"),
         ("half size", c.half_size, "weights at 312 TFLOP/s"),

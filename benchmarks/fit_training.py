@@ -1,4 +1,4 @@
-"""Fits the constants of `joulesmith.estimate.utilisation` and `training_power`.
+"""Fits the constants of `joulesmith.estimate.training.utilisation` and `power_model`.
 
 Utilisation: a linear model of log MFU with Gaussian priors. Each row counts with what its family
 (a paper's models, or a code base's) has in common: the family's effect is part of the noise, so
@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from joulesmith.estimate import training_power as power
-from joulesmith.estimate import utilisation as mfu
 from joulesmith.estimate.answer import Figure
 from joulesmith.estimate.devices import Device, find
+from joulesmith.estimate.training import power_model
+from joulesmith.estimate.training import utilisation as mfu
 
 Array = NDArray[np.float64]
 HERE = Path(__file__).parent
@@ -271,5 +271,5 @@ def fit_power(rows: Sequence[Measured]) -> tuple[float, float]:
 
 
 def system_watts(of: Device, share: float, exponent: float, host: float) -> float:
-    d = power.draw(of, share, exponent=exponent, host_share=host, factor=1.0)
+    d = power_model.draw(of, share, exponent=exponent, host_share=host, factor=1.0)
     return d.device + d.host

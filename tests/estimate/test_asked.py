@@ -16,25 +16,18 @@ from published import LLAMA_8B, LLAMA_70B, QWEN3_30B
 from joulesmith import estimate
 from joulesmith.energy.carbon import grid, price
 from joulesmith.errors import JoulesmithError
-from joulesmith.estimate import work
 from joulesmith.estimate.asked import answer_compare, answer_serve
-from joulesmith.estimate.comparing import compare
-from joulesmith.estimate.daily import charge, fleet
 from joulesmith.estimate.devices import find
-from joulesmith.estimate.hub_config import of_config
-from joulesmith.estimate.mixes import JOULES_PER_BYTE_SENT, NETWORK, mix
-from joulesmith.estimate.plain import of_numbers
-from joulesmith.estimate.roof import roof
-from joulesmith.estimate.roofline import cost
-from joulesmith.estimate.serving import (
-    Setup,
-    Traffic,
-    best_batch,
-    constants_of,
-    reading,
-    serve,
-    steady,
-)
+from joulesmith.estimate.model import work
+from joulesmith.estimate.model.hub_config import of_config
+from joulesmith.estimate.model.plain import of_numbers
+from joulesmith.estimate.serving.comparing import compare
+from joulesmith.estimate.serving.daily import charge, fleet
+from joulesmith.estimate.serving.mixes import JOULES_PER_BYTE_SENT, NETWORK, mix
+from joulesmith.estimate.serving.roof import roof
+from joulesmith.estimate.serving.roofline import cost
+from joulesmith.estimate.serving.serve import best_batch, reading, serve, steady
+from joulesmith.estimate.serving.setup import Setup, Traffic, constants_of
 from joulesmith.estimate.told import told_compare, told_serve
 
 EIGHT, SEVENTY = of_config(LLAMA_8B, name="8B"), of_config(LLAMA_70B, name="70B")

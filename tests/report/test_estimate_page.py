@@ -18,8 +18,8 @@ from joulesmith.errors import MissingExtraError
 from joulesmith.estimate.asked import answer_compare, answer_serve
 from joulesmith.estimate.asked_training import answer_train
 from joulesmith.estimate.devices import find
-from joulesmith.estimate.plain import of_numbers
-from joulesmith.estimate.serving import Setup, Traffic
+from joulesmith.estimate.model.plain import of_numbers
+from joulesmith.estimate.serving.setup import Setup, Traffic
 from joulesmith.report import estimate_charts, estimate_page
 
 SHAPE = replace(of_numbers(8e9), name="eight <b>")

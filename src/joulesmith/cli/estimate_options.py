@@ -13,9 +13,9 @@ from joulesmith.units import parse_count
 if TYPE_CHECKING:
     from joulesmith.energy.carbon import GridRow, PriceRow
     from joulesmith.estimate.answer import Constant
-    from joulesmith.estimate.parallel import Plan
-    from joulesmith.estimate.serving import Traffic
-    from joulesmith.estimate.shape import Shape
+    from joulesmith.estimate.model.shape import Shape
+    from joulesmith.estimate.serving.setup import Traffic
+    from joulesmith.estimate.training.parallel import Plan
 
 # ruff: noqa: UP045 - typer reads the annotations on Python 3.10
 
@@ -77,12 +77,12 @@ def shape_of(
         if given:
             option = given[0].replace("_", "-")
             raise JoulesmithError(f"a model and --{option}: give one of them: {model[:60]}")
-        from joulesmith.estimate.source import read
+        from joulesmith.estimate.model.source import read
 
         return read(model)
     if not given:
         raise JoulesmithError("no model: give a folder, a config.json, a .gguf, or --params 8B")
-    from joulesmith.estimate.plain import of_numbers
+    from joulesmith.estimate.model.plain import of_numbers
 
     total = None if params is None else parse_count(params, "--params")
     used = None if active is None else parse_count(active, "--active")
@@ -92,7 +92,7 @@ def shape_of(
 
 def traffic_of(prompt: float | None, output: float | None) -> Traffic:
     """Of one sequence; what is not given, as chats have it."""
-    from joulesmith.estimate.serving import Traffic
+    from joulesmith.estimate.serving.setup import Traffic
 
     given = {"prompt": prompt, "output": output}
     return Traffic(**{k: v for k, v in given.items() if v is not None})
@@ -100,7 +100,7 @@ def traffic_of(prompt: float | None, output: float | None) -> Traffic:
 
 def plan_of(text: str) -> Plan:
     """ "data=64,tensor=8" -> a plan. Raises `JoulesmithError`."""
-    from joulesmith.estimate.parallel import Plan
+    from joulesmith.estimate.training.parallel import Plan
 
     found: dict[str, Any] = {}
     for part in filter(None, text.replace(" ", "").split(",")):

@@ -99,7 +99,7 @@ def serve(
     """
     from joulesmith.estimate.asked import answer_serve
     from joulesmith.estimate.devices import find
-    from joulesmith.estimate.serving import Setup
+    from joulesmith.estimate.serving.setup import Setup
     from joulesmith.estimate.told import told_serve
 
     if device is None:
@@ -185,7 +185,7 @@ def compare(
     """
     from joulesmith.estimate.asked import answer_compare
     from joulesmith.estimate.devices import find
-    from joulesmith.estimate.serving import Setup
+    from joulesmith.estimate.serving.setup import Setup
     from joulesmith.estimate.told import told_compare
 
     if not device:

@@ -17,53 +17,52 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from joulesmith.estimate.answer import Constant, Figure
-    from joulesmith.estimate.comparing import Compared, compare
-    from joulesmith.estimate.daily import charge, fleet
     from joulesmith.estimate.devices import Device, all_devices, find
-    from joulesmith.estimate.mixes import Mixed, mix
-    from joulesmith.estimate.parallel import Plan
-    from joulesmith.estimate.plain import of_numbers
-    from joulesmith.estimate.serving import (
+    from joulesmith.estimate.model.plain import of_numbers
+    from joulesmith.estimate.model.shape import Shape
+    from joulesmith.estimate.model.source import read
+    from joulesmith.estimate.serving.comparing import Compared, compare
+    from joulesmith.estimate.serving.daily import charge, fleet
+    from joulesmith.estimate.serving.mixes import Mixed, mix
+    from joulesmith.estimate.serving.serve import (
         Served,
-        Setup,
-        Traffic,
         best_batch,
         curve,
         fewest_devices,
         most_sequences,
         serve,
     )
-    from joulesmith.estimate.shape import Shape
-    from joulesmith.estimate.source import read
-    from joulesmith.estimate.training import TrainingEstimate
-    from joulesmith.estimate.training import estimate_training as train
+    from joulesmith.estimate.serving.setup import Setup, Traffic
+    from joulesmith.estimate.training.parallel import Plan
+    from joulesmith.estimate.training.run import TrainingEstimate
+    from joulesmith.estimate.training.run import estimate_training as train
 
 _HOME = {
-    "Compared": "comparing",
+    "Compared": "serving.comparing",
     "Constant": "answer",
     "Device": "devices",
     "Figure": "answer",
-    "Mixed": "mixes",
-    "Plan": "parallel",
-    "Served": "serving",
-    "Setup": "serving",
-    "Shape": "shape",
-    "Traffic": "serving",
-    "TrainingEstimate": "training",
+    "Mixed": "serving.mixes",
+    "Plan": "training.parallel",
+    "Served": "serving.serve",
+    "Setup": "serving.setup",
+    "Shape": "model.shape",
+    "Traffic": "serving.setup",
+    "TrainingEstimate": "training.run",
     "all_devices": "devices",
-    "best_batch": "serving",
-    "charge": "daily",
-    "compare": "comparing",
-    "curve": "serving",
-    "fewest_devices": "serving",
+    "best_batch": "serving.serve",
+    "charge": "serving.daily",
+    "compare": "serving.comparing",
+    "curve": "serving.serve",
+    "fewest_devices": "serving.serve",
     "find": "devices",
-    "fleet": "daily",
-    "mix": "mixes",
-    "most_sequences": "serving",
-    "of_numbers": "plain",
-    "read": "source",
-    "serve": "serving",
-    "train": "training",
+    "fleet": "serving.daily",
+    "mix": "serving.mixes",
+    "most_sequences": "serving.serve",
+    "of_numbers": "model.plain",
+    "read": "model.source",
+    "serve": "serving.serve",
+    "train": "training.run",
 }
 _NAMED = {"train": "estimate_training"}
 

@@ -10,23 +10,22 @@ from dataclasses import dataclass, replace
 
 from joulesmith.energy.carbon import GridRow, PriceRow
 from joulesmith.errors import JoulesmithError
-from joulesmith.estimate import work
 from joulesmith.estimate.answer import Constant
-from joulesmith.estimate.comparing import Compared, compare
-from joulesmith.estimate.daily import Charge, Fleet, charge, fleet
-from joulesmith.estimate.mixes import NETWORK, Mixed, mix
-from joulesmith.estimate.roof import Roof, roof
-from joulesmith.estimate.serving import (
+from joulesmith.estimate.model import work
+from joulesmith.estimate.model.shape import Shape
+from joulesmith.estimate.serving.comparing import Compared, compare
+from joulesmith.estimate.serving.daily import Charge, Fleet, charge, fleet
+from joulesmith.estimate.serving.mixes import NETWORK, Mixed, mix
+from joulesmith.estimate.serving.roof import Roof, roof
+from joulesmith.estimate.serving.serve import (
     Served,
-    Setup,
-    Traffic,
     batches,
     best_batch,
     curve,
     most_sequences,
     serve,
 )
-from joulesmith.estimate.shape import Shape
+from joulesmith.estimate.serving.setup import Setup, Traffic
 
 UNKNOWN_MEMORY = 512
 """The largest batch that is told where a device's memory is unknown."""

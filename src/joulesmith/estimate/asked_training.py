@@ -11,8 +11,8 @@ from typing import Any
 from joulesmith.errors import JoulesmithError
 from joulesmith.estimate.answer import Constant
 from joulesmith.estimate.devices import Device
-from joulesmith.estimate.shape import Shape
-from joulesmith.estimate.training import TrainingEstimate, estimate_training
+from joulesmith.estimate.model.shape import Shape
+from joulesmith.estimate.training.run import TrainingEstimate, estimate_training
 
 FEWER, MORE = (16, 8, 4, 2), (2, 4)
 """Parts of the estimate's devices and times as many, for the curve: far beyond what is usual, the

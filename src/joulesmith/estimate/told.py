@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from joulesmith._version import __version__
 from joulesmith.estimate.answer import Constant, Figure
 from joulesmith.estimate.asked import CompareAnswer, ServeAnswer, Work
-from joulesmith.estimate.daily import Charge, Fleet
-from joulesmith.estimate.mixes import Mixed
-from joulesmith.estimate.roof import Roof
-from joulesmith.estimate.serving import Served, Setup, Traffic
-from joulesmith.estimate.shape import Shape
+from joulesmith.estimate.model.shape import Shape
+from joulesmith.estimate.serving.daily import Charge, Fleet
+from joulesmith.estimate.serving.mixes import Mixed
+from joulesmith.estimate.serving.roof import Roof
+from joulesmith.estimate.serving.serve import Served
+from joulesmith.estimate.serving.setup import Setup, Traffic
 
 if TYPE_CHECKING:
     from joulesmith.estimate.asked_training import TrainAnswer

@@ -16,7 +16,7 @@ from joulesmith.report.palette import light
 if TYPE_CHECKING:
     from joulesmith.estimate.asked import CompareAnswer, ServeAnswer
     from joulesmith.estimate.asked_training import TrainAnswer
-    from joulesmith.estimate.serving import Served
+    from joulesmith.estimate.serving.serve import Served
 
 SERVE_KEYS = {
     "static": Key("front", "drawn while a step runs, whatever it does"),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from joulesmith.estimate.answer import Constant, Figure
     from joulesmith.estimate.asked import CompareAnswer, ServeAnswer
     from joulesmith.estimate.asked_training import TrainAnswer
-    from joulesmith.estimate.shape import Shape
+    from joulesmith.estimate.model.shape import Shape
 
 WIDE, NARROW = 1060, 290
 

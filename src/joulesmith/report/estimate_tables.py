@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
     from joulesmith.estimate.answer import Constant, Figure
     from joulesmith.estimate.asked import CompareAnswer, ServeAnswer, Work
-    from joulesmith.estimate.daily import Fleet
-    from joulesmith.estimate.serving import Served, Traffic
-    from joulesmith.estimate.shape import Shape
+    from joulesmith.estimate.model.shape import Shape
+    from joulesmith.estimate.serving.daily import Fleet
+    from joulesmith.estimate.serving.serve import Served
+    from joulesmith.estimate.serving.setup import Traffic
 
 Rows = list[tuple[str, str]]
 LIMITS = {

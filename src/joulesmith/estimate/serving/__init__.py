@@ -1,0 +1,1 @@
+"""Joules of serving a model on devices that need not be here."""

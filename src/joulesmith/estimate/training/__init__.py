@@ -1,0 +1,1 @@
+"""Hours, joules, carbon and money of training that has not begun."""
