@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from published import LLAMA_8B, LLAMA_70B, QWEN3_30B
 
 from joulesmith.errors import JoulesmithError
-from joulesmith.estimate.devices import all_devices, find
+from joulesmith.estimate.devices import Device, all_devices, find
 from joulesmith.estimate.model import work
 from joulesmith.estimate.model.hub_config import of_config
 from joulesmith.estimate.model.plain import of_numbers
@@ -115,6 +115,19 @@ def test_fp8_never_costs_more_than_bf16(name: str, setup: Setup, traffic: Traffi
     a = free(shape, replace(setup, weights="bf16"), traffic)
     b = free(shape, replace(setup, weights="fp8"), traffic)
     assert not_less(a.decode.value, b.decode.value)
+
+
+@pytest.mark.parametrize("device", KNOWN, ids=lambda d: d.name)
+@pytest.mark.parametrize("narrow", ["fp8", "int8", "fp4"])
+def test_narrow_products_are_no_slower_where_their_units_are(device: Device, narrow: str) -> None:
+    """Also where the data sheet has one rate for both, and where little but products takes time."""
+    for shape in (EIGHT, MIXTURE):
+        for traffic in (Traffic(512), Traffic(32, 8000, 200)):
+            a = free(shape, Setup(device, weights="bf16"), traffic)
+            b = free(shape, Setup(device, weights=narrow), traffic)
+            assert not_less(a.decode.value, b.decode.value)
+            assert not_less(a.joules_per_token.value, b.joules_per_token.value)
+            assert not_less(a.seconds.value, b.seconds.value)
 
 
 @given(names, setups, traffics)
@@ -273,6 +286,8 @@ def test_bad_input_is_one_line() -> None:
     refused("give a batch of at most", lambda: serve(EIGHT, Setup(H100), Traffic(1e6)))
     refused("no engine 'steam': known are", lambda: serve(EIGHT, Setup(H100, engine="steam"), one))
     refused("TPU v5e has no tdp_w", lambda: serve(EIGHT, Setup(find("TPU v5e"), 4), one))
+    alveo = Setup(find("Alveo U280"), 8, weights="int8")
+    refused("U280 has no bf16_tflops: add", lambda: free(EIGHT, alveo, one))
     refused("a PUE of 0.5", lambda: serve(EIGHT, Setup(H100), one, pue=0.5))
     refused("a PUE of nan", lambda: serve(EIGHT, Setup(H100), one, pue=math.nan))
     refused("a host of -1 W", lambda: serve(EIGHT, Setup(H100), one, host_w=-1))

@@ -52,13 +52,12 @@ def roof(shape: Shape, setup: Setup, traffic: Traffic, batches: Sequence[int]) -
         points.append(_point("prefill", 1, p, roofline.cost(p, c)))
     if p is None:
         p = steady(shape, setup, traffic, prompts=False)
-    n, narrow, experts = setup.devices, float(p.narrow), float(p.experts)
-    compute = c.compute * (c.narrow_compute if narrow else 1) * (c.expert_compute if experts else 1)
-    reads = c.bandwidth * (c.expert_bandwidth if experts else 1)
+    n = setup.devices
+    reads = c.bandwidth * (c.expert_bandwidth if p.experts else 1)
     return Roof(
         bandwidth=n * float(p.bandwidth), peak=n * float(p.peak),
         reached_bandwidth=n * float(p.bandwidth * min(1.0, reads)),
-        reached_peak=n * float(p.peak * compute), points=tuple(points),
+        reached_peak=float(roofline.reached_flops(p, c)), points=tuple(points),
     )  # fmt: skip
 
 

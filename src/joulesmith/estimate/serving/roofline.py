@@ -117,9 +117,7 @@ def cost(p: Pass, c: Constants) -> Cost:
     """Of the pass with the constants; see the module. All of ``p`` and ``c`` broadcast."""
     n, many = p.devices, np.where(np.asarray(p.devices) > 1, 1.0, 0.0)
     reached_b = n * p.bandwidth * c.bandwidth * _where(p.experts, c.expert_bandwidth)
-    reached_f = n * p.peak * c.compute * _where(p.experts, c.expert_compute)
-    reached_f = reached_f * _where(p.narrow, c.narrow_compute)
-    weights_s, compute_s = p.weight_bytes / reached_b, p.flops / reached_f
+    weights_s, compute_s = p.weight_bytes / reached_b, p.flops / reached_flops(p, c)
     products = (weights_s**POWER + compute_s**POWER) ** (1 / POWER)
     cache_s = p.cache_bytes / (n * p.bandwidth * c.bandwidth)
     overhead_s = p.layers * (c.layer_s + many * c.sync_s) + p.expert_layers * c.expert_layer_s
@@ -136,6 +134,13 @@ def cost(p: Pass, c: Constants) -> Cost:
         seconds, static, by_bytes, by_flops, weights_s, compute_s, cache_s, overhead_s, link_s,
         power_s,
     )  # fmt: skip
+
+
+def reached_flops(p: Pass, c: Constants) -> Any:
+    """FLOP/s that all devices reach. Narrow products are no slower than those of 16 bits, to which
+    an engine widens them where that is faster."""
+    peak = np.maximum(p.peak * _where(p.narrow, c.narrow_compute), p.narrow * p.peak_16)
+    return p.devices * peak * c.compute * _where(p.experts, c.expert_compute)
 
 
 def _where(flag: Any, factor: Any) -> Any:

@@ -103,10 +103,11 @@ def _pass(
     if d.tdp_w is None or d.bandwidth is None or peak is None or peak_16 is None:
         missing = [
             word for word, x in (("tdp_w", d.tdp_w), ("bandwidth_gb_s", d.bandwidth),
-            (f"{setup.precision}_tflops", peak)) if x is None
+            (f"{setup.precision}_tflops", peak), ("bf16_tflops", peak_16)) if x is None
         ]  # fmt: skip
         raise JoulesmithError(
-            f"{d.name} has no {' and no '.join(missing)}: add a row with it to a file of your own"
+            f"{d.name} has no {' and no '.join(dict.fromkeys(missing))}: add a row with it to a "
+            "file of your own"
         )
     # two all-reduces a layer (Shoeybi et al. 2019, section 3), a ring's 2 (n - 1) / n each
     sent = 2 * shape.layers * tokens * shape.hidden * 2 * 2 * (n - 1) / n
