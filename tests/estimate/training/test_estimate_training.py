@@ -195,6 +195,13 @@ def test_devices_nobody_named_take_about_a_month() -> None:
     assert estimate_training(of_numbers(1e8), 1e9, H100).devices == 1
 
 
+def test_devices_nobody_named_hold_the_model() -> None:
+    found = estimate_training(EIGHT, 1e9, H100)  # a month's worth is one, which is too small
+    assert found.devices == 2
+    assert found.device_bytes <= H100.memory_bytes
+    assert estimate_training(LARGE, 1e9, H100).devices > 8
+
+
 def test_unknown_power_is_none_and_said() -> None:
     e = estimate_training(EIGHT, 1e10, find("TPU v5e"), 256)
     assert e.joules is e.kwh is e.kg_co2e is e.energy_cost is e.parts is None
@@ -224,6 +231,7 @@ def test_constants_are_listed_once_and_say_whence() -> None:
         ({"tokens": float("nan")}, "tokens are nan"),
         ({"mode": "dream"}, "mode 'dream'"),
         ({"mode": "distil"}, "without a teacher"),
+        ({"sequence": 0}, "sequence"),
         ({"pue": 0.9}, "PUE is 0.9"),
         ({"utilisation": 1.2}, "utilisation is 1.2"),
         ({"power": -5.0}, "power is -5"),

@@ -33,6 +33,8 @@ from joulesmith.units import JOULES_PER_KWH
 Mode = Literal["full", "finetune", "lora", "distil"]
 BITS = {"fp32": 32.0, "tf32": 32.0}
 """Of weights as they are multiplied; 16 otherwise, fp8 too: it keeps weights of 16."""
+MOST_DOUBLED = 1024
+"""Devices up to which a number that nobody gave is doubled until they hold the model."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def estimate_training(
 ) -> TrainingEstimate:
     """What training ``shape`` on ``tokens`` tokens takes on ``devices`` of a kind.
 
-    devices None: of the plan, or as many as train it in a month. mode: "full" (from scratch) and
+    devices None: of the plan, or as many as train it in a month, and twice as many until they hold
+    it. mode: "full" (from scratch) and
     "finetune" compute the same; "lora" trains adapters of ``lora_rank``; "distil" runs ``teacher``
     forward beside it. plan None: `plans.usual_plan`. recompute None: what fits, and as much
     of it as is usual; a word costs what it computes again. utilisation: a share of the 16-bit peak
@@ -113,9 +116,12 @@ def estimate_training(
     """
     _check(shape, tokens, device, devices, mode, teacher, plan, pue)
     usual = int(value("usual sequence"))
-    sequence = sequence or min(shape.context or usual, usual)
+    if sequence is None:
+        sequence = min(shape.context or usual, usual)
+    work.check_number(sequence, "sequence")
     peak = mfu.peak_of(device, precision)
     load = _work(shape, tokens, sequence, usual, mode, recompute, lora_rank, teacher)
+    told = devices is not None
     if devices is None:
         devices = plan.devices if plan else _usual_count(load, peak, device)
     settings = plans.Settings(
@@ -128,7 +134,15 @@ def estimate_training(
     wanted = _wanted(shape, tokens, sequence, batch_tokens)
     seconds = load.base / tokens * wanted / (peak * value("usual utilisation of a run"))
     if plan is None:
-        plan = ordinary = plans.usual_plan(shape, devices, device, settings, links, wanted, seconds)
+        most = devices if told else MOST_DOUBLED
+        while plan is None:
+            try:
+                plan = plans.usual_plan(shape, devices, device, settings, links, wanted, seconds)
+            except JoulesmithError:
+                if devices >= most:
+                    raise
+                devices *= 2
+        ordinary = plan
     else:
         plans.refuse(shape, plan, device, settings)
     fitted = plans.fitting(shape, plan, device, settings)
