@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,7 @@ def test_batteries_and_other_devices(tmp_path: Path) -> None:
         "--batch", "1", "--battery", "50",
     )  # fmt: skip
     assert "a battery charge" in text and "50 Wh: " in text
+    assert re.search(r"requests\s+in [\d]+ h [\d]+ min", text), text
     own = tmp_path / "own.csv"
     own.write_text("name,like,tdp_w\nours,h100,350\n")
     words = [*SERVE, "--batch", "64", "--devices-file", own]
@@ -113,6 +115,8 @@ def test_side_by_side() -> None:
     assert "within the uncertainty" in text and "EPYC 9654: no:" in text
     rows = told(*words)["rows"]
     assert len(rows) == 4 and rows[3]["answer"] is None and "memory" in rows[3]["why_not"]
+    far = said("estimate", "compare", "--params", "1T", "--device", "rpi 5", "--device", "h100")
+    assert re.search(r"H100 SXM 80GB: 0\.00\d+ times .* \(0\.00\d+\s+to", far), far
     three = said(*COMPARE, "--weights", "fp8", "--weights", "4.5")
     assert "fp8" in three and "4.5 bits" in three and "share most of the error" in three
     assert said(*COMPARE, "--device", "b200", "--requests", "1e6").count("kgCO2e a day") == 2
@@ -186,6 +190,7 @@ BAD = {
     "requests": ["serve", "--params", "8B", "--device", "h100", "--requests", "0"],
     "cache": ["serve", "--params", "8B", "--device", "h100", "--cache-bits", "3"],
     "link": ["serve", "--params", "8B", "--device", "h100", "--prefill-device", "h100", "--link", "0"],
+    "link alone": ["serve", "--params", "8B", "--device", "h100", "--link", "10"],
     "file": ["serve", "--params", "8B", "--device", "h100", "--devices-file", "absent.csv"],
     "report": ["serve", "--params", "8B", "--device", "h100", "--report", "absent/x.html"],
     "nothing": ["compare", "--params", "8B"],
@@ -198,6 +203,7 @@ BAD = {
     "distil": ["train", "--params", "8B", "--device", "h100", "--tokens", "1T", "--mode", "distil"],
     "teacher": ["train", "--params", "8B", "--device", "h100", "--tokens", "1T", "--mode", "distil",
                 "--teacher", "absent"],
+    "teacher of none": ["train", "--params", "8B", "--device", "h100", "--tokens", "1T", "--teacher", "70B"],
     "precision": ["train", "--params", "8B", "--device", "h100", "--tokens", "1T", "--precision", "q9"],
     "train too big": ["train", "--params", "70B", "--device", "l4", "--tokens", "1T", "--devices", "1"],
 }  # fmt: skip

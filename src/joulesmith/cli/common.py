@@ -71,7 +71,7 @@ def parse_duration(text: str, option: str = "--time-budget") -> float:
     """ "10m", "600s", "50ms", "1h", "90" (seconds) -> seconds. Raises `JoulesmithError`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h)?", text.strip())
     if match is None:
-        raise JoulesmithError(f"{option} is a time such as 10m, 600s or 1h, got {text!r}")
+        raise JoulesmithError(f"{option} is a time such as 50ms, 600s, 10m or 1h, got {text!r}")
     return float(match[1]) * {"ms": 1e-3, "s": 1, "m": 60, "min": 60, "h": 3600, None: 1}[match[2]]
 
 

@@ -114,6 +114,10 @@ def serve(
     where, rate = options.rates(grid, price)
     setup = Setup(find(device, devices_file), devices, weights, None, cache_bits, engine)
     first = None
+    if prefill_device is None and (prefill_devices != 1 or link != 50):
+        raise JoulesmithError(
+            "prompts on no other kind: --prefill-devices, --link: give --prefill-device too"
+        )
     if prefill_device is not None:
         first = Setup(
             find(prefill_device, devices_file), prefill_devices, weights, None, cache_bits, engine
@@ -224,7 +228,8 @@ def train(
     tokens: Annotated[Optional[str], typer.Option(help="Tokens trained on, e.g. 15T.")] = None,
     device: Annotated[Optional[str], typer.Option(help="What trains, e.g. h100.")] = None,
     devices: Annotated[
-        Optional[int], typer.Option(help="How many. Default: of the plan, or a month's worth.")
+        Optional[int],
+        typer.Option(help="How many. Default: of the plan, or a month's worth that hold it."),
     ] = None,
     mode: Annotated[str, typer.Option(help="full, finetune, lora or distil.")] = "full",
     teacher: Annotated[
@@ -291,6 +296,8 @@ def train(
         head_dim=head_dim, ffn=ffn, vocab=vocab, experts=experts,
         experts_per_token=experts_per_token, window=window,
     )  # fmt: skip
+    if teacher is not None and mode != "distil":
+        raise JoulesmithError(f"a teacher in mode {mode[:40]}: give --mode distil or no --teacher")
     where, rate = options.rates(grid, price)
     found = answer_train(
         shape, parse_count(tokens, "--tokens"), find(device, devices_file), devices, mode=mode,

@@ -248,7 +248,7 @@ def devices(a: CompareAnswer, width: int, name: str) -> str:
         told = figures.joules(e.value)
         rows.append({
             "row": i, "x": e.value, "zero": 0.0, "low": e.low, "high": e.high, "name": said,
-            "text": told if i == 0 or r.ratio is None else f"{told}, x {r.ratio:.2f}",
+            "text": told if i == 0 or r.ratio is None else f"{told}, x {figures.factor(r.ratio)}",
             "fill": light("reference" if i == 0 else "front"),
             "title": f"{said}: {told} ({figures.interval(e.low, e.high)}) per output token",
         })  # fmt: skip

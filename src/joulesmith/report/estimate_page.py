@@ -171,8 +171,8 @@ def compare_page(a: CompareAnswer) -> str:
     works = [r for r in a.rows if r.served is not None]
     best = min(works, key=lambda r: r.ratio or 1.0)
     verdict = (
-        f"{best.name} needs the fewest joules per token: {best.ratio:.2f} times those of "
-        f"{works[0].name}" if best is not works[0] else
+        f"{best.name} needs the fewest joules per token: {figures.factor(best.ratio)} times those "
+        f"of {works[0].name}" if best is not works[0] else
         f"{best.name} needs the fewest joules per token"
     )  # fmt: skip
     if best.within:
@@ -184,8 +184,8 @@ def compare_page(a: CompareAnswer) -> str:
         e = s.joules_per_token
         rows.append((
             f"{s.setup.devices} × {r.name}", figures.joules(e.value),
-            figures.interval(e.low, e.high), figures.fixed(r.ratio, 2),
-            "" if r.within is None else f"{r.low:.2f} to {r.high:.2f}",
+            figures.interval(e.low, e.high), figures.factor(r.ratio),
+            "" if r.within is None else f"{figures.factor(r.low)} to {figures.factor(r.high)}",
             tables.whole(s.traffic.batch), figures.quantity(s.tokens_per_second.value, "").strip(),
             figures.seconds(s.seconds.value), tables.LIMITS[s.limit],
         ))  # fmt: skip

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from joulesmith.report import figures
 from joulesmith.report.figures import quantity
+from joulesmith.units import duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -113,7 +114,7 @@ def serve_rows(a: ServeAnswer) -> Rows:
             "a battery charge",
             f"{c.watt_hours:g} Wh: {ranged(c.tokens, '')} tokens, "
             f"{quantity(c.requests.value, '').strip()} requests in "
-            f"{quantity(c.hours.value, 'h')}",
+            f"{duration(c.hours.value * 3600)}",
         ))  # fmt: skip
     return rows
 
@@ -168,7 +169,7 @@ def render_compare(a: CompareAnswer, console: Console) -> None:
         table.add_row(*(
             text(x, console) for x in (
                 f"{s.setup.devices} x {r.name}", quantity(e.value, "J"),
-                figures.interval(e.low, e.high), figures.fixed(r.ratio, 2),
+                figures.interval(e.low, e.high), figures.factor(r.ratio),
                 whole(s.traffic.batch), quantity(s.tokens_per_second.value, "").strip(),
                 quantity(s.seconds.value, "s"),
             )
@@ -189,8 +190,8 @@ def verdicts(a: CompareAnswer) -> list[str]:
     lines = []
     for r in works[1:]:
         assert r.ratio and r.low and r.high
-        told = f"{r.ratio:.2f} times the joules per token of {first.name}"
-        said = f"{r.name}: {told} ({r.low:.2f} to {r.high:.2f})"
+        told = f"{figures.factor(r.ratio)} times the joules per token of {first.name}"
+        said = f"{r.name}: {told} ({figures.factor(r.low)} to {figures.factor(r.high)})"
         if r.within:
             said += ", within the uncertainty: either may need fewer"
         if r.served and first.served and r.served.setup.device == first.served.setup.device:

@@ -92,6 +92,13 @@ def fixed(value: float | None, digits: int) -> str:
     return f"{value:,.{digits}f}" if value is not None and math.isfinite(value) else UNKNOWN
 
 
+def factor(value: float | None) -> str:
+    """Two decimals, and two significant digits below a tenth."""
+    if value is not None and 0 < value < 0.1:
+        return f"{value:.2g}"
+    return fixed(value, 2)
+
+
 def small(value: float | None) -> str:
     """Three significant digits, for KL and damage."""
     if value is None or not math.isfinite(value):
