@@ -117,6 +117,10 @@ def test_side_by_side() -> None:
     assert len(rows) == 4 and rows[3]["answer"] is None and "memory" in rows[3]["why_not"]
     far = said("estimate", "compare", "--params", "1T", "--device", "rpi 5", "--device", "h100")
     assert re.search(r"H100 SXM 80GB: 0\.00\d+ times .* \(0\.00\d+\s+to", far), far
+    small = ["estimate", "compare", "--params", "8B", "--device", "h100", "--device", "l4"]
+    hosts = " ".join(said(*small, "--batch", "16", "--pue", "1.5").split())
+    assert re.search(r"with host and PUE 1.5: [23]\.\d+ times", hosts), hosts
+    assert "with host" not in said(*small, "--batch", "16", "--host-watts", "0")
     three = said(*COMPARE, "--weights", "fp8", "--weights", "4.5")
     assert "fp8" in three and "4.5 bits" in three and "share most of the error" in three
     assert said(*COMPARE, "--device", "b200", "--requests", "1e6").count("kgCO2e a day") == 2

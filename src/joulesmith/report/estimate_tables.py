@@ -183,6 +183,10 @@ def render_compare(a: CompareAnswer, console: Console) -> None:
     notes(console, a.notes, a.shape)
 
 
+SAME = 0.02
+"""Of a ratio: what its counterpart with host and building differs by, at least, to be told."""
+
+
 def verdicts(a: CompareAnswer) -> list[str]:
     """What each row says against the first, in words."""
     works = [r for r in a.rows if r.served is not None]
@@ -196,6 +200,13 @@ def verdicts(a: CompareAnswer) -> list[str]:
             said += ", within the uncertainty: either may need fewer"
         if r.served and first.served and r.served.setup.device == first.served.setup.device:
             said += "; one device, so they share most of the error"
+        if r.served and first.served:
+            paid, of = (
+                r.served.joules_per_token_whole.value,
+                first.served.joules_per_token_whole.value,
+            )
+            if abs(paid / of / r.ratio - 1) > SAME:
+                said += f"; with host and PUE {a.pue:g}: {figures.factor(paid / of)} times"
         lines.append(said)
     lines += [f"{r.name}: no: {r.why_not}" for r in a.rows if r.served is None]
     return lines
