@@ -90,6 +90,19 @@ def test_batteries_and_other_devices(tmp_path: Path) -> None:
         "--batch", "1", "--battery", "50",
     )  # fmt: skip
     assert "a battery charge" in text and "50 Wh: " in text
+    slow = said(
+        "estimate",
+        "serve",
+        "--params",
+        "8B",
+        "--device",
+        "rpi 5",
+        "--weights",
+        "q4_k",
+        "--batch",
+        "1",
+    )
+    assert re.search(r"tokens per second +[\d.]+ \(0\.\d+ to", slow), slow
     assert re.search(r"requests\s+in [\d]+ h [\d]+ min", text), text
     own = tmp_path / "own.csv"
     own.write_text("name,like,tdp_w\nours,h100,350\n")
@@ -105,6 +118,7 @@ def test_prompts_on_another_kind() -> None:
     mixed = told(*words)["mix"]
     parts = sum(mixed[k]["value"] for k in ("prompt_joules", "transfer_joules", "output_joules"))
     assert mixed["joules_per_request"]["value"] == pytest.approx(parts)
+    assert mixed["prefill"]["engine"] == mixed["decode"]["engine"] == "vLLM 0.11"
 
 
 def test_side_by_side() -> None:

@@ -16,7 +16,7 @@ from joulesmith.estimate.serving.daily import Charge, Fleet
 from joulesmith.estimate.serving.mixes import Mixed
 from joulesmith.estimate.serving.roof import Roof
 from joulesmith.estimate.serving.serve import Served
-from joulesmith.estimate.serving.setup import Setup, Traffic
+from joulesmith.estimate.serving.setup import Setup, Traffic, engine_of
 
 if TYPE_CHECKING:
     from joulesmith.estimate.asked_training import TrainAnswer
@@ -131,7 +131,7 @@ def told_model(shape: Shape, work: Work | None = None) -> dict[str, Any]:
 def told_served(s: Served) -> dict[str, Any]:
     return {
         "pedigree": "modelled",
-        "setup": told_setup(s.setup, engine_of(s)),
+        "setup": told_setup(s.setup),
         "traffic": told_traffic(s.traffic),
         "joules_per_output_token": figure(s.joules_per_token),
         "joules_per_output_token_with_host_and_pue": figure(s.joules_per_token_whole),
@@ -152,13 +152,13 @@ def told_served(s: Served) -> dict[str, Any]:
     }
 
 
-def told_setup(setup: Setup, engine: str | None = None) -> dict[str, Any]:
+def told_setup(setup: Setup) -> dict[str, Any]:
     return {
         "device": setup.device.name, "devices": setup.devices,
         "weights": None if setup.weights is None else str(setup.weights),
         "bits_per_weight": setup.bits, "products": setup.precision,
         "products_run_as": setup.device.runs_as(setup.precision),
-        "cache_bits": setup.cache_bits, "engine": engine or setup.engine,
+        "cache_bits": setup.cache_bits, "engine": engine_of(setup),
     }  # fmt: skip
 
 
@@ -208,12 +208,6 @@ def told_constants(constants: tuple[Constant, ...]) -> list[dict[str, Any]]:
 
 def figure(f: Figure) -> dict[str, float]:
     return {"value": f.value, "low": f.low, "high": f.high}
-
-
-def engine_of(s: Served) -> str:
-    """Whose overheads the answer has."""
-    source = next(c.source for c in s.constants if c.name == "engine.step_s")
-    return source.partition(",")[0]
 
 
 def host_of(s: Served) -> float:

@@ -46,6 +46,8 @@ def quantity(value: float | None, unit: str) -> str:
     """Three significant digits, zeros kept: columns of figures then line up."""
     if value is None or not math.isfinite(value):
         return UNKNOWN
+    if not unit and 0 < value < 1:  # a count: "0.793", not "793 m"
+        return f"{value:#.3g} "
     number, _, name = units.si(value, unit).partition(" ")
     return f"{float(number):#.3g}".rstrip(".") + f" {name}"
 
