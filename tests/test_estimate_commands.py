@@ -89,6 +89,7 @@ def test_batteries_and_other_devices(tmp_path: Path) -> None:
         "estimate", "serve", "--params", "3B", "--device", "jetson orin nano", "--weights", "q4_k",
         "--batch", "1", "--battery", "50",
     )  # fmt: skip
+    assert "one prompt read alone" in " ".join(text.split())
     assert "a battery charge" in text and "50 Wh: " in text
     slow = said(
         "estimate",

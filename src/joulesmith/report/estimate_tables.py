@@ -78,7 +78,7 @@ def serve_rows(a: ServeAnswer) -> Rows:
         ("  written alone", ranged(s.decode, "J")),
     ]
     if s.prefill is not None:
-        rows.append(("J per prompt token", ranged(s.prefill, "J")))
+        rows.append(("J per prompt token", f"{ranged(s.prefill, 'J')}, one prompt read alone"))
     rows += [
         ("J per request", ranged(s.joules_per_request, "J")),
         ("J per token and parameter", ranged(s.joules_per_token_and_parameter, "J")),
