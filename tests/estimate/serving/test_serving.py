@@ -277,6 +277,34 @@ def refused(match: str, call: Any) -> None:
     assert "\n" not in str(e.value)
 
 
+def test_a_checkpoint_in_fp8_multiplies_in_fp8() -> None:
+    config = {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    }  # fmt: skip
+
+    def products(told: dict[str, Any] | None, **given: Any) -> str:
+        shape = of_config(config if told is None else {**config, "quantization_config": told})
+        served = serve(shape, Setup(H100, **given), Traffic(64, 4000, 100))
+        p = steady(shape, Setup(H100, **given), served.traffic)
+        assert bool(p.narrow) == (served.setup.precision != "bf16")
+        return served.setup.precision
+
+    def tensors(**inputs: Any) -> dict[str, Any]:
+        group = {"weights": {"num_bits": 8, "type": "int"}, "input_activations": inputs or None}
+        return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+
+    assert products(None) == "bf16"
+    assert products({"quant_method": "fp8"}) == "fp8"
+    assert products({"quant_method": "fp8"}, weights="bf16") == "bf16"
+    assert products({"quant_method": "fp8"}, products="bf16") == "bf16"
+    assert products(tensors(num_bits=8, type="int")) == "int8"
+    assert products(tensors(num_bits=8, type="float")) == "fp8"
+    assert products(tensors()) == "bf16"
+    assert products({"quant_method": "awq", "bits": 4, "group_size": 128}) == "bf16"
+
+
 def test_bad_input_is_one_line() -> None:
     one = Traffic(1)
     refused(

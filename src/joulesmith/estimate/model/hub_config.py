@@ -149,7 +149,19 @@ def _as_given(shape: Shape, config: Mapping[str, Any], inner: Mapping[str, Any])
     stored: Stored = stored_at(shape, rest=rest, blocks=bits)
     if told.get("quant_method") == "mxfp4":  # gpt-oss: the experts alone
         stored = stored_at(shape, rest=rest, experts=bits)
-    return {"stored": stored}
+    return {"stored": stored, "products": _products(told)}
+
+
+def _products(told: Mapping[str, Any]) -> str | None:
+    """What products run in where activations are of 8 bits as well; None where they are not."""
+    if told.get("quant_method") in ("fp8", "fbgemm_fp8"):
+        return "fp8"
+    groups = told.get("config_groups")
+    first: Any = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
+    inputs = first.get("input_activations") if isinstance(first, Mapping) else None
+    if not isinstance(inputs, Mapping) or inputs.get("num_bits") != 8:
+        return None
+    return {"float": "fp8", "int": "int8"}.get(str(inputs.get("type")))
 
 
 def _quantized(told: Mapping[str, Any]) -> float | None:

@@ -134,8 +134,9 @@ class Shape:
     weights of tables that are looked up (tokens, learned positions). head: weights
     multiplied for a token's logits, the embedding's own where tied. outside: other
     matrices outside blocks. vectors: norms and biases outside blocks. stored: bytes as
-    given, None where only a shape is known. notes: what was not counted or is a guess.
-    assumed: numbers that nobody gave, each with its rule.
+    given, None where only a shape is known. products: precision that the checkpoint's own
+    quantization multiplies in, "fp8" or "int8"; None where it quantizes weights alone. notes:
+    what was not counted or is a guess. assumed: numbers that nobody gave, each with its rule.
     """
 
     name: str
@@ -155,6 +156,7 @@ class Shape:
     vectors: int = 0
     latent: Latent | None = None
     stored: Stored | None = None
+    products: str | None = None
     notes: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
 

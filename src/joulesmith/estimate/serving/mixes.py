@@ -105,7 +105,7 @@ def mix(
     # the last layer's part goes when all is read; what the link could not keep up with, too
     wait = max(sent / link / shape.layers, sent / link - read_s)
     return Mixed(
-        prefill=prefill, decode=decode, traffic=traffic, prompt=prompt, transfer=transfer,
+        prefill=first.setup, decode=alone.setup, traffic=traffic, prompt=prompt, transfer=transfer,
         output=output, joules_per_request=total, joules_per_token=total.per(traffic.output),
         joules_per_request_whole=_sum(total, Figure.exact(beside)).times(pue),
         first_token_s=_sum(_like(first.seconds, float(read.seconds)), Figure.exact(wait)),

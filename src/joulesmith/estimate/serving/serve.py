@@ -98,6 +98,7 @@ def _pass(
     shape: Shape, setup: Setup, sequences: float, flops: float, *, weights: float, cache: float,
     tokens: float,
 ) -> Pass:  # fmt: skip
+    setup = setup.of(shape)
     d, n = setup.device, setup.devices
     peak, peak_16 = d.peak(setup.precision), d.peak("bf16")
     if d.tdp_w is None or d.bandwidth is None or peak is None or peak_16 is None:
@@ -138,6 +139,7 @@ def serve(
         raise JoulesmithError(f"a PUE of {pue:g}: give a number from 1 to 5")
     if host_w is not None and not 0 <= host_w <= 1e5:
         raise JoulesmithError(f"a host of {host_w:g} W: give watts from 0")
+    setup = setup.of(shape)
     c, own = constants_of(setup)
     needed, room = memory(shape, setup, traffic), _room(setup)
     if check and room is not None and needed > room:

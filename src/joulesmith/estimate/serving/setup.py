@@ -7,7 +7,7 @@ mean of those of all devices that were measured. Knows neither models nor joules
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import resources
 from typing import Any
@@ -16,6 +16,7 @@ from joulesmith.errors import JoulesmithError
 from joulesmith.estimate.answer import Constant
 from joulesmith.estimate.devices import Device, precision_name
 from joulesmith.estimate.model import work
+from joulesmith.estimate.model.shape import Shape
 from joulesmith.estimate.serving.roofline import Constants
 
 FILE = "fitted.json"
@@ -40,7 +41,8 @@ class Setup:
 
     devices: of one kind, over which each layer is spread. weights: precision or bits per weight,
     None as the model is given. products: precision of the products; None: fp8, int8 or fp4 where
-    the weights are, by name, else bf16. cache_bits: of an element of keys and values. engine: whose
+    the weights are, by name, those of the checkpoint where the weights are as given, else bf16.
+    cache_bits: of an element of keys and values. engine: whose
     overheads; None: `SERVED` on accelerators of servers, else `BARE`.
     """
 
@@ -63,6 +65,12 @@ class Setup:
     def bits(self) -> float | None:
         """Per weight."""
         return None if self.weights is None else work.bits_of(self.weights)
+
+    def of(self, shape: Shape) -> Setup:
+        """With the products of the model's own quantization, where nobody told others."""
+        if self.weights is not None or self.products is not None or shape.products is None:
+            return self
+        return replace(self, products=shape.products)
 
     @property
     def precision(self) -> str:
