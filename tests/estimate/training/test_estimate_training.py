@@ -56,20 +56,18 @@ def test_money_carbon_and_joules_hang_together() -> None:
 
 
 @pytest.mark.parametrize("devices", [8, 512, 4096, 16384])
-def test_nothing_computes_faster_than_products_at_their_best(devices: int) -> None:
+def test_a_step_holds_its_products_and_its_waits(devices: int) -> None:
     e = estimate_training(EIGHT, 15e12, H100, devices)
     ideal = 6 * EIGHT.active * e.batch_tokens / (devices * 989.4e12)
-    for share in (e.utilisation.low, e.utilisation.value, e.utilisation.high):
-        assert 0 < share <= 0.65
-    # a plan that waits for most of a step cannot have the utilisation of one that does not
-    waits = e.step.seconds - e.step.compute
-    assert e.step.seconds >= ideal / 0.65 + 0.5 * waits - 1e-9
+    assert 0 < e.utilisation.value <= 0.65
+    assert e.step.compute >= ideal / 0.9
+    assert e.step.seconds == pytest.approx(ideal / e.utilisation.value, rel=1e-6)
 
 
 def test_spread_too_thin_a_model_uses_less_of_its_devices() -> None:
     thick, thin = (estimate_training(EIGHT, 15e12, H100, n) for n in (512, 16384))
-    assert thin.utilisation.value < 0.8 * thick.utilisation.value
-    assert thin.joules and thick.joules and thin.joules.value > 1.1 * thick.joules.value
+    assert thin.utilisation.value < 0.6 * thick.utilisation.value
+    assert thin.joules and thick.joules and thin.joules.value > 1.4 * thick.joules.value
 
 
 @CHEAP

@@ -157,11 +157,11 @@ def estimate_training(
         share = mfu.predict(
             device, shape.active, devices, precision=precision, mixture=shape.experts > 0
         )
-        if ordinary is None:
-            share = _by_plan(shape, device, plan, settings, links, batch, seconds, trained, share)
-        share = _possible(
-            shape, plan, batch, load.base / tokens * batch / peak, links, sequence, trained, share
-        )
+        count = min(devices, _usual_count(load, peak, device))
+        if ordinary is None or count < devices:
+            share = _by_plan(
+                shape, device, plan, count, settings, links, wanted, seconds, trained, share
+            )
     whole = load.base / (peak * 3600)  # device-hours at the peak
     device_hours = Figure(whole / share.value, whole / share.high, whole / share.low)
     one = _step(
@@ -294,48 +294,32 @@ def _by_plan(
     shape: Shape,
     device: Device,
     plan: Plan,
+    count: int,
     settings: plans.Settings,
     links: parallel.Links,
-    batch: float,
+    wanted: float,
     compute: float,
     trained: float | None,
     share: Figure,
 ) -> Figure:
-    """``share``, which the usual plan has, for a plan of the user's: as their steps compare."""
+    """``share``, which the usual plan on ``count`` devices has, for another plan, or one on more
+    devices than published runs of this size had: as the steps compare.
+
+    compute: device-seconds of a step of ``wanted`` tokens."""
     try:
-        usual = plans.usual_plan(shape, plan.devices, device, settings, links, batch, compute)
+        usual = plans.usual_plan(shape, count, device, settings, links, wanted, compute)
     except JoulesmithError:  # of plans of powers of two none fits: nothing to compare with
         return share
-    ours, theirs = (
-        parallel.step(
-            shape, p, max(batch, float(p.data * settings.sequence)), compute, links,
-            sequence=settings.sequence, trained=trained,
-        )
-        for p in (plan, usual)
-    )  # fmt: skip
-    ratio = ours.efficiency / theirs.efficiency
+
+    def efficiency(p: Plan) -> float:
+        batch = max(wanted, float(p.data * settings.sequence))
+        return parallel.step(
+            shape, p, batch, compute * batch / wanted, links, sequence=settings.sequence,
+            trained=trained,
+        ).efficiency  # fmt: skip
+
+    ratio = efficiency(plan) / efficiency(usual)
     return Figure(*(min(mfu.MOST, x * ratio) for x in (share.value, share.low, share.high)))
-
-
-def _possible(
-    shape: Shape,
-    plan: Plan,
-    batch: float,
-    ideal: float,
-    links: parallel.Links,
-    sequence: int,
-    trained: float | None,
-    share: Figure,
-) -> Figure:
-    """``share``, but no more than is left where products run as fast as they ever do and the plan
-    waits for the rest. Published runs, which it comes from, were not spread as thin as that.
-
-    ideal: device-seconds of a step's products at the peak."""
-    most = value("products at best")
-    one = parallel.step(shape, plan, batch, ideal / most, links, sequence=sequence, trained=trained)
-    waits = (one.seconds - one.compute) * (1 - value("waits that finer schedules hide"))
-    limit = most * one.compute / (one.compute + waits)
-    return Figure(*(min(limit, x) for x in (share.value, share.low, share.high)))
 
 
 def _step(
@@ -385,13 +369,7 @@ def _joules(parts: Parts, device_hours: Figure, draws: list[power_model.Draw]) -
 def _constants(
     device: Device, share: float | None, power: float | None, draws: list[power_model.Draw]
 ) -> tuple[Constant, ...]:
-    names = (
-        "usual PUE",
-        "usual sequence",
-        "usual batch",
-        "products at best",
-        "waits that finer schedules hide",
-    )
+    names = ("usual PUE", "usual sequence", "usual batch")
     found = [*(shipped()[n] for n in names), *parallel.constants()]
     if share is None:
         found += mfu.constants(device)
