@@ -10,7 +10,8 @@ peer is the formula of EcoLogits, called from its package where that is installe
 
 Fitted together are logarithms of joules and of seconds a step, with a loss that grows linearly for
 large errors (pseudo-Huber). All constants are logarithms with a prior, stated below; those of a
-device are drawn to the devices' mean, those of an engine to the engines'.
+device are drawn to its generation's mean and that to all generations', those of an engine to the
+engines'.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from joulesmith.estimate.serving import setup as serving_setup
 from joulesmith.estimate.serving.roofline import Constants, Pass, cost
 
 HERE = Path(__file__).parent
-TARGET = HERE.parent / "src/joulesmith/estimate" / serving_setup.FILE
+TARGET = HERE.parent / "src/joulesmith/estimate/serving" / serving_setup.FILE
 # Mean and spread of the logarithm: what is known before any row is seen.
 DEVICE = {
     "static": (0.3, 0.4), "per_byte": (0.35, 0.4), "per_flop": (0.7, 0.4),
@@ -51,8 +52,8 @@ SHARED = {
     "narrow_compute": (0.8, 0.2), "narrow_per_flop": (0.7, 0.15),
 }  # fmt: skip
 TEXT = {"reach": (0.75, 0.2), "prompt": (200.0, 0.7)}
-DEVICES_APART, ENGINES_APART = 0.25, 1.0
-"""Spread of the logarithm among devices, and among engines."""
+WITHIN, DEVICES_APART, ENGINES_APART = 0.1, 0.25, 1.0
+"""Spread of the logarithm among devices of a generation, among generations, among engines."""
 NOISE, SECONDS = 0.08, 0.5
 """Spread of a row's logarithm, and the weight of its seconds."""
 CHAT = "mlenergy"
@@ -224,7 +225,14 @@ class Fit:
                 mean += [float(np.log(middle))] * times
                 spread += [s] * times
         self.mean, self.spread = np.array(mean), np.array(spread)
+        names = [find(d).generation for d in rows.devices]
+        self.generations = sorted(set(names))
+        self.generation = np.array([self.generations.index(g) for g in names])
         self.bare = rows.engines.index(serving_setup.BARE)
+
+    def by_generation(self, each: NDArray[Any]) -> NDArray[Any]:
+        """Means of the devices of each."""
+        return np.array([each[self.generation == g].mean() for g in range(len(self.generations))])
 
     def predict(self, v: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Joules a token and seconds a step of all rows."""
@@ -254,7 +262,9 @@ class Fit:
         ]
         for name in DEVICE:
             each = v[self.at[name]]
-            parts.append((each - each.mean()) / DEVICES_APART)
+            means = self.by_generation(each)
+            parts.append((each - means[self.generation]) / WITHIN)
+            parts.append((means - means.mean()) / DEVICES_APART)
         for name in ENGINE:  # kernels without an engine are no engine
             each = np.delete(v[self.at[name]], self.bare)
             parts.append((each - each.mean()) / ENGINES_APART)
@@ -268,8 +278,8 @@ class Fit:
         return v
 
     def pooled(self, v: NDArray[Any]) -> dict[str, float]:
-        """The geometric mean of the devices."""
-        return {k: float(np.exp(v[self.at[k]].mean())) for k in DEVICE}
+        """The geometric mean of the generations."""
+        return {k: float(np.exp(self.by_generation(v[self.at[k]]).mean())) for k in DEVICE}
 
 
 def left_out(
@@ -366,7 +376,7 @@ def main() -> None:
         "not fitted.",
         "Mean absolute error of joules per output token. Left out: a model family at a time, "
         "Qwen3's mixture of experts and dense models apart or (strict) as one; a device at a time, "
-        "whose constants are then the mean of the others.",
+        "whose constants are then its generation's, or the mean of generations.",
         "",
         f"| rows | n | all fitted | family left out | strict | device left out "
         f"| {' | '.join(peers)} |",
@@ -388,6 +398,10 @@ def main() -> None:
         "devices": {
             d: {k: _round(np.exp(v[fit.at[k]][i])) for k in DEVICE}
             for i, d in enumerate(rows.devices)
+        },
+        "generations": {
+            g: {k: _round(np.exp(fit.by_generation(v[fit.at[k]])[i])) for k in DEVICE}
+            for i, g in enumerate(fit.generations)
         },
         "pooled": {k: _round(x) for k, x in fit.pooled(v).items()},
         "engines": {
@@ -457,7 +471,8 @@ def constants_table(shipped: dict[str, Any]) -> list[str]:
     """As they are shipped."""
     out = ["## Constants", "", "| device | " + " | ".join(DEVICE) + " |"]
     out.append("|---" * (len(DEVICE) + 1) + "|")
-    for d, c in [*shipped["devices"].items(), ("mean", shipped["pooled"])]:
+    made = {f"{g}, mean": c for g, c in shipped["generations"].items()}
+    for d, c in {**shipped["devices"], **made, "mean of generations": shipped["pooled"]}.items():
         out.append(f"| {d} | " + " | ".join(f"{c[k]:.3g}" for k in DEVICE) + " |")
     out += ["", "| engine | " + " | ".join(f"{k[:-2]} µs" for k in ENGINE) + " |"]
     out.append("|---" * (len(ENGINE) + 1) + "|")

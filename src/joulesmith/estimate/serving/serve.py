@@ -1,8 +1,8 @@
 """Joules of serving a model on a device that need not be here: per token, per request, by batch.
 
 A shape and a device become passes (`roofline`), whose constants are those fitted on published
-measurements of the device, or, where there are none, the mean of those of all devices that were
-measured. Joules are the devices'; what the host draws is a constant that is assumed. Knows neither
+measurements of the device, or, where there are none, the mean of devices that were measured
+(`setup`). Joules are the devices'; what the host draws is a constant that is assumed. Knows neither
 files of models nor the machine at hand.
 """
 
@@ -30,6 +30,7 @@ from joulesmith.estimate.serving.setup import (
     constants_of,
     factors,
     in_server,
+    measured_like,
 )
 
 
@@ -163,7 +164,7 @@ def serve(
     if not own:
         notes.append(
             f"nobody's measurements of {setup.device.name} were fitted: constants are the mean of "
-            "devices that were measured"
+            f"{measured_like(setup.device)}"
         )
     return Served(
         setup=setup, traffic=traffic,

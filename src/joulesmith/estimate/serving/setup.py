@@ -1,7 +1,7 @@
 """What a model is served on and what is asked of it, and the constants of passes that follow.
 
 Constants are those fitted on published measurements of the device, or, where there are none, the
-mean of those of all devices that were measured. Knows neither models nor joules.
+mean of its generation's, or of all generations that were measured. Knows neither models nor joules.
 """
 
 from __future__ import annotations
@@ -137,10 +137,17 @@ def constants_of(setup: Setup) -> tuple[Constants, bool]:
     f = fitted()
     name = setup.device.name
     own = f["devices"].get(name)
+    near = f["generations"].get(setup.device.generation, f["pooled"])
     engine = f["engines"].get(engine_of(setup))
     if engine is None:
         raise JoulesmithError(f"no engine {setup.engine!r}: known are {', '.join(engines())}")
-    return Constants(**(own or f["pooled"]), **engine, **f["shared"]), own is not None
+    return Constants(**(own or near), **engine, **f["shared"]), own is not None
+
+
+def measured_like(device: Device) -> str:
+    """What the constants of a device that nobody measured are the mean of."""
+    of = device.generation if device.generation in fitted()["generations"] else "all"
+    return f"{of} devices that were measured"
 
 
 def engine_of(setup: Setup) -> str:
@@ -168,7 +175,7 @@ def constants(
 ) -> tuple[Constant, ...]:
     """All that the answer rests on."""
     f, d, engine = fitted(), setup.device, engine_of(setup)
-    source = f["source"] if own else f"mean of {', '.join(f['devices'])}"
+    source = f["source"] if own else f"mean of {measured_like(d)}"
     basis = "fitted" if own else "assumed"
     out = [
         Constant(word, float(value), unit, "published", d.source)
