@@ -199,6 +199,7 @@ BAD = {
     "batch": ["serve", "--params", "8B", "--device", "h100", "--batch", "0"],
     "prompt": ["serve", "--params", "8B", "--device", "h100", "--prompt", "nan"],
     "latency": ["serve", "--params", "8B", "--device", "h100", "--latency", "soon"],
+    "latency of what": ["serve", "--params", "8B", "--device", "h100", "--latency", "50"],
     "too slow": ["serve", "--params", "8B", "--device", "h100", "--latency", "1ms"],
     "weights": ["serve", "--params", "8B", "--device", "h100", "--weights", "q9"],
     "engine": ["serve", "--params", "8B", "--device", "h100", "--engine", "steam"],

@@ -75,6 +75,13 @@ def parse_duration(text: str, option: str = "--time-budget") -> float:
     return float(match[1]) * {"ms": 1e-3, "s": 1, "m": 60, "min": 60, "h": 3600, None: 1}[match[2]]
 
 
+def parse_latency(text: str) -> float:
+    """As `parse_duration`, with a unit: of bare numbers, nobody knows whether they are seconds."""
+    if re.fullmatch(r"[\d.]+", text.strip()):
+        raise JoulesmithError(f"--latency {text.strip()} has no unit: give 50ms or 0.5s")
+    return parse_duration(text, "--latency")
+
+
 @contextmanager
 def interruptible(advice: str) -> Iterator[None]:
     """Ctrl-C is a decision, not an accident: one line and the usual exit code."""

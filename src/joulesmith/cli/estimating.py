@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from joulesmith.cli import estimate_options as options
-from joulesmith.cli.common import AsJson, app, parse_duration
+from joulesmith.cli.common import AsJson, app, parse_latency
 from joulesmith.cli.measuring import check_output
 from joulesmith.errors import JoulesmithError
 from joulesmith.units import parse_count
@@ -124,7 +124,7 @@ def serve(
         )
     found = answer_serve(
         shape, setup, options.traffic_of(prompt, output), batch=batch,
-        latency_s=None if latency is None else parse_duration(latency, "--latency"),
+        latency_s=None if latency is None else parse_latency(latency),
         prefill=first, link=link * 1e9, pue=pue, host_w=host_watts,
         requests_per_day=None if requests is None else parse_count(requests, "--requests"),
         grid=where, price=rate, battery_wh=battery,
@@ -208,7 +208,7 @@ def compare(
     ]  # fmt: skip
     found = answer_compare(
         shape, setups, options.traffic_of(prompt, output), batch=batch, devices=devices,
-        latency_s=None if latency is None else parse_duration(latency, "--latency"),
+        latency_s=None if latency is None else parse_latency(latency),
         pue=pue, host_w=host_watts,
         requests_per_day=None if requests is None else parse_count(requests, "--requests"),
         grid=where, price=rate,
