@@ -408,6 +408,7 @@ def main() -> None:
             e: {k: _round(np.exp(v[fit.at[k]][i])) for k in ENGINE}
             for i, e in enumerate(rows.engines)
         },
+        "newest": newest(rows),
         "shared": {k: _round(np.exp(v[fit.at[k]][0])) for k in SHARED},
         "reach": _round(np.exp(v[fit.at["reach"]][0])),
         "prompt": round(float(np.exp(v[fit.at["prompt"]][0]))),
@@ -465,6 +466,17 @@ def calibrated(
         lines.append(f"| {f} | {len(mine)} | {x:.2f} | {inside} ({inside / len(mine):.0%}) |")
     lines.append(f"| all | {total} | | **{held} ({held / total:.0%})** |")
     return intervals, lines
+
+
+def newest(rows: Rows) -> dict[str, str]:
+    """Each generation's newest engine among its rows."""
+    order = list(ENGINES.values())[:-1]  # newest first; kernels alone are no engine
+    found: dict[str, str] = {}
+    for device, engine in zip(rows.device, rows.engine, strict=True):
+        g = find(device).generation
+        if engine in order:
+            found[g] = min(found.get(g, order[-1]), engine, key=order.index)
+    return found
 
 
 def constants_table(shipped: dict[str, Any]) -> list[str]:

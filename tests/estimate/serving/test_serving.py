@@ -351,3 +351,18 @@ def test_a_token_read_costs_less_than_one_written_alone() -> None:
     assert found.prefill is not None and found.prefill.value < found.decode.value / 10
     assert serve(EIGHT, Setup(H100), Traffic(1, 0, 256)).prefill is None
     assert work.decode_flops(EIGHT, 1) > 2 * 7e9
+
+
+@pytest.mark.parametrize(
+    ("device", "engine"),
+    [("h100", "vLLM 0.11"), ("b200", "vLLM 0.11"), ("a100", "vLLM 2024"), ("v100", "vLLM 2024"),
+     ("mi300x", "vLLM 0.11"), ("raspberry pi 5", "no engine")],
+)  # fmt: skip
+def test_the_engine_is_the_newest_that_such_devices_were_measured_with(device, engine) -> None:
+    setup = Setup(find(device), weights="bf16")
+    assert serving_setup.engine_of(setup) == engine
+    got = serve(EIGHT, setup, Traffic(8), check=False)
+    told = any("newest engine measured" in n for n in got.notes)
+    assert told == (engine == "vLLM 2024")
+    asked = serve(EIGHT, replace(setup, engine="vLLM 0.11"), Traffic(8), check=False)
+    assert not any("newest engine measured" in n for n in asked.notes)

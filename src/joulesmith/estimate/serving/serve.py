@@ -20,14 +20,17 @@ from joulesmith.estimate.model.peak import serving_memory
 from joulesmith.estimate.model.shape import Shape
 from joulesmith.estimate.serving.roofline import Cost, Pass, cost
 from joulesmith.estimate.serving.setup import (
+    BARE,
     FULL,
     HOST_W,
     LINK,
     NARROW,
+    SERVED,
     Setup,
     Traffic,
     constants,
     constants_of,
+    engine_of,
     factors,
     in_server,
     measured_like,
@@ -165,6 +168,13 @@ def serve(
         notes.append(
             f"nobody's measurements of {setup.device.name} were fitted: constants are the mean of "
             f"{measured_like(setup.device)}"
+        )
+    if setup.engine is None and engine_of(setup) not in (SERVED, BARE):
+        today, _ = constants_of(replace(setup, engine=SERVED))
+        other = float(cost(steady(shape, setup, traffic), today).joules) / b
+        notes.append(
+            f"overheads of {engine_of(setup)}, the newest engine measured on such devices; with "
+            f"those of {SERVED} (--engine) {other / each:.2f} times the joules"
         )
     return Served(
         setup=setup, traffic=traffic,

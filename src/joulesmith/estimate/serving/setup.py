@@ -22,6 +22,9 @@ from joulesmith.estimate.serving.roofline import Constants
 FILE = "fitted.json"
 SERVED = "vLLM 0.11"
 """The engine whose overheads stand for a server's, of the measurements."""
+OLD = "vLLM 2024"
+YEAR = 2022
+"""Devices that came out before it were measured with `OLD` or older."""
 BARE = "no engine"
 """Kernels alone: one user's program on a device of his own."""
 FULL = 0.9
@@ -43,7 +46,7 @@ class Setup:
     None as the model is given. products: precision of the products; None: fp8, int8 or fp4 where
     the weights are, by name, those of the checkpoint where the weights are as given, else bf16.
     cache_bits: of an element of keys and values. engine: whose
-    overheads; None: `SERVED` on accelerators of servers, else `BARE`.
+    overheads; None: as `engine_of` says.
     """
 
     device: Device
@@ -151,9 +154,14 @@ def measured_like(device: Device) -> str:
 
 
 def engine_of(setup: Setup) -> str:
+    """The one that is asked for; or of accelerators of servers the newest that was measured on
+    their generation, of others the newest on what came out in the same years."""
     if setup.engine is not None:
         return setup.engine
-    return SERVED if in_server(setup.device) else BARE
+    d, f = setup.device, fitted()
+    if not in_server(d):
+        return BARE
+    return str(f["newest"].get(d.generation, OLD if (d.year or YEAR) < YEAR else SERVED))
 
 
 def in_server(device: Device) -> bool:
