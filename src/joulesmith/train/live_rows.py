@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from joulesmith.compress.layers import Linear
 
-LEAST = 0.125
-"""Share of the products that must be dead: picking live rows out of a matrix costs one pass of it,
-which fewer do not earn back."""
+LEAST = 0.7
+"""Share of the products that must be dead: picking live rows out of a matrix in both passes costs
+more joules than fewer save (benchmarks/results/dead_rows.md)."""
 
 
 class LiveRows:

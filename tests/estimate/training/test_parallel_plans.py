@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -16,7 +15,6 @@ from joulesmith.estimate.training.parallel import (
     Links,
     Plan,
     check,
-    curve,
     links_of,
     microbatches,
     step,
@@ -99,40 +97,11 @@ def test_links_follow_the_device_and_the_user() -> None:
     assert links_of(find("RTX 4090")).inside <= links_of(H100).inside
 
 
-@given(
-    tensor=RANKS, pipeline=RANKS, expert=RANKS,
-    sharding=st.sampled_from(["none", "optimizer", "full"]),
-    batch=st.floats(4096, 1e8), node=st.sampled_from([1, 4, 8, 72]),
-    inside=st.floats(1e9, 1e12), slower=st.floats(1, 100), mfu=st.floats(0.02, 0.7),
-)  # fmt: skip
-def test_more_devices_are_never_faster_than_their_number_nor_cheaper(
-    tensor, pipeline, expert, sharding, batch, node, inside, slower, mfu
-) -> None:
-    plan = Plan(data=expert, tensor=tensor, pipeline=pipeline, expert=expert, sharding=sharding)
-    links = Links(node, inside, inside / slower)
-    points = curve(
-        SPARSE, plan, H100, [expert * k for k in (1, 2, 3, 4, 8, 64, 500)], batch,
-        6 * SPARSE.active * batch, utilisation=mfu, peak=1e15, links=links,
-    )  # fmt: skip
-    joules = [p.joules_ratio for p in points]
-    assert all(p.speedup <= p.ideal * (1 + 1e-9) for p in points)
-    assert all(0 < p.efficiency <= 1 for p in points)
-    assert all(j is not None for j in joules)
-    assert all(b >= a * (1 - 1e-9) for a, b in itertools.pairwise(joules))
-
-
 @given(d=st.integers(1, 4096), batch=st.floats(1e4, 1e9))
 def test_a_step_is_never_shorter_than_its_compute(d: int, batch: float) -> None:
     s = step(DENSE, Plan(data=d), batch, 50.0, LINKS)
     assert s.seconds >= s.compute == 50 / d
     assert 0 < s.efficiency <= 1
-
-
-def test_a_curve_without_power_tells_no_joules() -> None:
-    v5e = find("TPU v5e")
-    points = curve(DENSE, Plan(), v5e, [1, 2], BATCH, 2e17, utilisation=0.4, peak=197e12)
-    assert [p.joules_ratio for p in points] == [None, None]
-    assert points[1].speedup > 1.5
 
 
 @pytest.mark.parametrize(

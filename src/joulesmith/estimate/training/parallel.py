@@ -12,23 +12,19 @@ width, L layers, W bytes of weights that a device computes with:
     expert      4 all-to-alls of a token's chosen copies a layer of experts (arXiv 2101.03961)
 
 Tensor ranks lie side by side, then those of data and experts, then the stages. Communication of
-data parallelism hides behind the backward pass; the other kinds are waited for. No latencies, no
-stragglers in a plan's own time; `curve` adds what published runs lose with each tenfold of devices.
-Knows no utilisation.
+data parallelism hides behind the backward pass; the other kinds are waited for. No latencies and no
+stragglers. Knows no utilisation.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from joulesmith.errors import JoulesmithError
 from joulesmith.estimate.answer import Constant
 from joulesmith.estimate.devices import Device
 from joulesmith.estimate.model.shape import Shape
-from joulesmith.estimate.training import power_model
 from joulesmith.estimate.training.constants import shipped, value
 
 Sharding = Literal["none", "optimizer", "full"]
@@ -119,19 +115,6 @@ class Step:
     def efficiency(self) -> float:
         """Share of the time that is compute."""
         return self.compute / self.seconds
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """A point of the curve. speedup: over the first point's devices; ideal: with nothing lost.
-    joules_ratio: of the same work, to the first point's; None where no power is known."""
-
-    devices: int
-    seconds: float
-    speedup: float
-    ideal: float
-    efficiency: float
-    joules_ratio: float | None
 
 
 def links_of(device: Device, node: int | None = None, network_gb_s: float | None = None) -> Links:
@@ -228,54 +211,6 @@ def microbatches(plan: Plan, batch_tokens: float, sequence: float) -> float:
     """Of a replica in a step: as the plan says, but no more than it has sequences; at least 1."""
     most = batch_tokens / sequence / plan.data
     return max(1.0, most if plan.microbatches is None else min(plan.microbatches, most))
-
-
-def curve(
-    shape: Shape,
-    plan: Plan,
-    device: Device,
-    replicas: Sequence[int],
-    batch_tokens: float,
-    flops: float,
-    *,
-    utilisation: float,
-    peak: float,
-    links: Links | None = None,
-    sequence: float = 4096,
-) -> tuple[Scaling, ...]:
-    """The same step on more devices: ``plan`` with its data ranks replaced by each of
-    ``replicas``, multiples of its expert ranks, in rising order.
-
-    flops: of a step. utilisation: of its products alone, as on one device; peak: FLOP/s.
-    Strong scaling: the batch stays. Beside what the plan costs, each tenfold of devices loses what
-    the fit of utilisation found ("ten times the devices").
-    """
-    links = links or links_of(device)
-    work = flops / (peak * utilisation)
-    points: list[Scaling] = []
-    first: tuple[int, float, float | None] | None = None
-    tenfold = value("ten times the devices")
-    for d in sorted(replicas):
-        wide = replace(plan, data=d)
-        s = step(shape, wide, batch_tokens, work, links, sequence=sequence)
-        kept = tenfold ** math.log10(wide.devices / (first[0] if first else wide.devices))
-        seconds, efficiency = s.seconds / kept, s.efficiency * kept
-        joules = None
-        if device.tdp_w is not None:
-            watts = power_model.draw(device, utilisation * efficiency)
-            joules = wide.devices * seconds * (watts.device + watts.host)
-        first = first or (wide.devices, seconds, joules)
-        points.append(
-            Scaling(
-                devices=wide.devices,
-                seconds=seconds,
-                speedup=first[1] / seconds,
-                ideal=wide.devices / first[0],
-                efficiency=efficiency,
-                joules_ratio=None if joules is None or not first[2] else joules / first[2],
-            )
-        )
-    return tuple(points)
 
 
 def constants() -> tuple[Constant, ...]:
