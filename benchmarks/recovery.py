@@ -283,8 +283,11 @@ def main() -> None:
         return
 
     texts = {
-        Path(args.eval).name: text.windows(teacher, text.read(args.eval), args.judged_length,
-            {"judged": count})["judged"].tokens,
+        **{
+            Path(f).name: text.windows(teacher, text.read(f), args.judged_length,
+                {"judged": count})["judged"].tokens
+            for f in args.eval
+        },
         "self-sampled": kept(
             args.work / f"samples-{count}-{args.judged_length}.npy",
             lambda: text.self_samples(teacher, count, args.judged_length, SAMPLES_SEED).tokens,
@@ -293,9 +296,9 @@ def main() -> None:
 
     def judged(model: models.Model, where: Path, name: str) -> dict[str, Nll]:
         return {
-            t: kept(where / f"{name}-{i}-{count}-{args.judged_length}.npy",
+            t: kept(where / f"{name}-{t}-{count}-{args.judged_length}.npy",
                     lambda w=w: scores(model.module, w))  # type: ignore[misc]
-            for i, (t, w) in enumerate(texts.items())
+            for t, w in texts.items()
         }  # fmt: skip
 
     told = hashlib.sha256(str(args.student.resolve()).encode()).hexdigest()[:8]
@@ -347,7 +350,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--student", type=Path, required=True)
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--calib", required=True, help="text to train on")
-    parser.add_argument("--eval", required=True, help="text to judge on")
+    parser.add_argument("--eval", required=True, nargs="+", help="texts to judge on")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/recovery.md")
     parser.add_argument("--minutes", type=float, default=30)
@@ -402,6 +405,7 @@ def table(r: dict[str, Any], args: argparse.Namespace) -> list[str]:
         source = (
             f"a cache of the teacher's {a['top']} likeliest tokens, {r['teacher_seconds']:.0f} s"
         )
+    labels = f", {a['hard']} of the text's own loss" if float(a["hard"]) else ""
     lines = [
         f"# Recovery in {args.minutes:g} minutes ({r['date']})",
         "",
@@ -414,8 +418,8 @@ def table(r: dict[str, Any], args: argparse.Namespace) -> list[str]:
         f"Trained on {Path(args.calib).name} ({r['windows']} windows of {a['length']} tokens; its "
         f"end, {a['held']} windows of 256, held out; {a['own']} of the windows are text that the "
         f"dense model wrote within the time), mode {a['mode']}, seed {a['seed']}, "
-        f"{source}; {r['steps']} steps ({r['planned']} were planned) of {a['batch']} windows, "
-        f"**{r['tokens']} tokens seen**.",
+        f"{source}{labels}; {r['steps']} steps ({r['planned']} were planned) of {a['batch']} "
+        f"windows, **{r['tokens']} tokens seen**.",
         f"Wall time **{r['seconds']:.0f} s**, {within} the limit of {60 * args.minutes:.0f} s, "
         "with the teacher's passes, the timing of steps, held-out losses and checkpoints. The two "
         "judgements below are outside of it.",

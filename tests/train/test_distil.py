@@ -117,6 +117,13 @@ def test_cached_is_live_as_far_as_float16_goes(
         both = loss(student, teacher, few, temperature=2.0, hidden=1.0)
         hidden = loss(student, teacher, soft=0.0, hidden=1.0)
     assert float(both) == pytest.approx(float(wanted + hidden), rel=1e-5)
+    for t in (1.0, 2.0):  # at 1 in the pass over logits of the teacher's loss
+        parts = [loss(student, None, few, temperature=t), loss(student, None, soft=0.0, hard=1.0)]
+        both = loss(student, None, few, temperature=t, hard=0.2)
+        expected = parts[0] + 0.2 * parts[1]
+        torch.testing.assert_close(both, expected, rtol=1e-5, atol=1e-6)
+        gradients = [torch.autograd.grad(x, student.lm_head.weight)[0] for x in (both, expected)]  # type: ignore[union-attr]
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
     shifted = Distil(DistilSettings(), cache=few)
     with pytest.raises(JoulesmithError, match="window 1 is not the one"):
         shifted(student, tokens(), PLACES + 1)

@@ -137,6 +137,25 @@ def test_soft_top_leaves_logits_alone(kind: torch.dtype) -> None:
     assert torch.equal(s.detach(), before)
 
 
+@pytest.mark.parametrize("k", [1, 4, VOCAB])
+def test_soft_top_with_labels_is_both_losses(k: int) -> None:
+    a, b = (logits(0).requires_grad_(True) for _ in range(2))
+    labels = torch.randint(0, VOCAB, (2, ROWS), generator=torch.Generator().manual_seed(1))
+    ids, values = losses.top_of(logits(1), k)
+    wanted = losses.soft_top(a, ids, values) + 0.3 * losses.hard(a, labels)
+    found = losses.soft_top(b, ids, values, labels=labels, share=0.3)
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-12)
+    for loss in (wanted, found):
+        (2 * loss).backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_labels_are_learnt_at_temperature_one() -> None:
+    labels = torch.zeros(2, ROWS, dtype=torch.int64)
+    with pytest.raises(JoulesmithError, match="temperature of 2"):
+        losses.soft_top(logits(0), *losses.top_of(logits(1), 2), 2.0, labels=labels, share=1)
+
+
 def test_soft_top_where_the_student_is_sure() -> None:
     """What the student leaves for other tokens is far below float32's step at 1."""
     s = torch.tensor([[40.0, 0, 0, 0]], requires_grad=True)

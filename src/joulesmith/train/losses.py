@@ -69,7 +69,13 @@ def top_of(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def soft_top(
-    student: Tensor, ids: Tensor, values: Tensor, temperature: float = 1.0, vocab: int | None = None
+    student: Tensor,
+    ids: Tensor,
+    values: Tensor,
+    temperature: float = 1.0,
+    vocab: int | None = None,
+    labels: Tensor | None = None,
+    share: float = 0.0,
 ) -> Tensor:
     """`soft` where only the teacher's largest log-probabilities (`top_of`) are known.
 
@@ -80,33 +86,48 @@ def soft_top(
 
     temperature: of both; of the teacher's tail only the sum at temperature 1 is known, so that its
     shape is taken for flat over ``vocab`` - k tokens (default: the student's).
+
+    labels: int64 (...); adds ``share`` times `hard` at no more passes over logits, at temperature
+    1 alone (`JoulesmithError`).
     """
     t = _check(temperature)
     n = (vocab or student.shape[-1]) - ids.shape[-1]
+    if labels is not None and t != 1:
+        raise JoulesmithError(f"labels at a temperature of {t:g}: they are learnt at 1")
 
-    def rows(s: Tensor, ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(
+        s: Tensor, ids: Tensor, values: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         s = s if t == 1 else s / t
-        log_p, at = values.to(s.dtype), ids.long()
+        log_p, at, more = values.to(s.dtype), ids.long(), 0.0 if labels is None else share
+        label = None if labels is None else s.gather(-1, labels)
         if n <= 0:
-            log_p, log_q = (log_p / t).log_softmax(-1), s.log_softmax(-1)
-            found = t**2 * _kl(log_p.exp(), log_p, log_q.gather(-1, at))
-            return found, t * log_q.exp().scatter_add(-1, at, -log_p.exp())
-        known = s.gather(-1, at)
-        s = s.scatter(-1, at, -torch.inf)
-        # not 1 less the known: that says nothing of a student that is sure
-        rest = s.logsumexp(-1, keepdim=True)
-        whole = torch.logaddexp(rest, known.logsumexp(-1, keepdim=True))
-        tail = torch.log1p(-log_p.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
-        level = math.log(n)
-        log_p = torch.cat([log_p / t, (tail - level) / t + level], -1).log_softmax(-1)
-        log_q = torch.cat([known, rest], -1) - whole
-        p, q = log_p.exp(), log_q.exp()
-        by = t * (q - p)
-        # within the rest as the student has it; in place, as passes over logits are what it costs
-        every = s.sub_(rest).exp_().mul_(by[:, -1:]).scatter_(-1, at, by[:, :-1])
-        return t**2 * _kl(p, log_p, log_q), every
+            log_p, whole = (log_p / t).log_softmax(-1), s.logsumexp(-1, keepdim=True)
+            found = t**2 * _kl(log_p.exp(), log_p, s.gather(-1, at) - whole)
+            q = (s - whole).exp_()
+            every = q.mul_(t + more).scatter_add_(-1, at, -t * log_p.exp())
+        else:
+            known = s.gather(-1, at)
+            s = s.scatter(-1, at, -torch.inf)
+            # not 1 less the known: that says nothing of a student that is sure
+            rest = s.logsumexp(-1, keepdim=True)
+            whole = torch.logaddexp(rest, known.logsumexp(-1, keepdim=True))
+            tail = torch.log1p(-log_p.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
+            level = math.log(n)
+            log_p = torch.cat([log_p / t, (tail - level) / t + level], -1).log_softmax(-1)
+            log_q = torch.cat([known, rest], -1) - whole
+            p, q = log_p.exp(), log_q.exp()
+            found = t**2 * _kl(p, log_p, log_q)
+            by = t * (q - p) + more * q
+            # within the rest as the student has it; in place, as passes over logits are the cost
+            every = s.sub_(rest).exp_().mul_(by[:, -1:]).scatter_(-1, at, by[:, :-1])
+        if labels is not None and label is not None:
+            found = found + share * (whole - label).squeeze(-1)
+            every.scatter_add_(-1, labels, torch.full_like(label, -share))
+        return found, every
 
-    return _mean(rows, student, ids, values)
+    taught = (student, ids, values)
+    return _mean(rows, *taught) if labels is None else _mean(rows, *taught, labels[..., None])
 
 
 def hidden(student: Tensor, teacher: Tensor) -> Tensor:
