@@ -164,14 +164,16 @@ def run(
 
     with EnergyMeter() as meter, ExitStack() as stack:
         if args.own:
-            seed = OWN_SEED + args.seed
+            seed, path = OWN_SEED + args.seed, folder / "own.npy"
+            fresh = not path.is_file()
             with meter.window("samples") as window:
                 drawn = kept(
-                    folder / "own.npy",
-                    lambda: text.self_samples(teacher, args.own, args.length, seed).tokens,
+                    path, lambda: text.self_samples(teacher, args.own, args.length, seed).tokens
                 )
             windows = np.concatenate([windows, drawn])
             clock.keep()
+            if fresh:
+                (folder / "drawn.json").write_text(json.dumps(window.reading.joules))
             print(f"{clock.seconds:.0f} s, {args.own} windows drawn: {window.reading.joules} J")
         if args.fused:
             stack.enter_context(fused(student.module))
@@ -227,6 +229,8 @@ def run(
         ).trained  # fmt: skip
     clock.keep()
     asked_for = json.loads(asking.read_text()) if s.cache else (0.0, 0.0)
+    own_path = folder / "drawn.json"  # not there where a start was killed between the two
+    own = json.loads(own_path.read_text()) if own_path.is_file() else None
     tail = max(1, len(found.losses) // 20)
     return {
         **plan,
@@ -234,6 +238,7 @@ def run(
         "steps": found.steps,
         "teacher_seconds": asked_for[0],
         "teacher_joules": asked_for[1],
+        "own_joules": own,
         "seconds": clock.seconds,
         "windows": len(windows),
         "tokens": found.steps * args.batch * (args.length - 1),
@@ -397,7 +402,7 @@ def table(r: dict[str, Any], args: argparse.Namespace) -> list[str]:
     """The result as Markdown."""
     joules, low, high, pedigree = r["joules"]
     a = r["args"]
-    teacher_joules = r["teacher_joules"]
+    teacher_joules, own_joules = r["teacher_joules"], r["own_joules"]
     over = r["seconds"] - 60 * args.minutes
     within = "within" if over <= 0 else f"**{over:.0f} s beyond**"
     source = "the teacher in every step"
@@ -423,7 +428,7 @@ def table(r: dict[str, Any], args: argparse.Namespace) -> list[str]:
         f"Wall time **{r['seconds']:.0f} s**, {within} the limit of {60 * args.minutes:.0f} s, "
         "with the teacher's passes, the timing of steps, held-out losses and checkpoints. The two "
         "judgements below are outside of it.",
-        _energy(joules, low, high, pedigree, teacher_joules, a),
+        _energy(joules, low, high, pedigree, teacher_joules, own_joules, a),
         f"Loss of the steps {r['losses'][0]:.4f} (first twentieth), {r['losses'][1]:.4f} (last); "
         "held-out cross-entropy in nats a token on the way: "
         + ", ".join(f"{x:.4f}" for x in r["curve"])
@@ -454,6 +459,7 @@ def _energy(
     high: float | None,
     pedigree: str | None,
     teacher: float | None,
+    own: float | None,
     a: dict[str, str],
 ) -> str:
     if joules is None:
@@ -463,6 +469,8 @@ def _energy(
     if a["live"] == "False":
         first = "unknown" if teacher is None else f"{teacher:.0f} J"
         first = f"; the cache before them {first}"
+    if a["own"] != "0":
+        first += f", drawing {a['own']} windows " + ("unknown" if own is None else f"{own:.0f} J")
     return (
         f"Joules ({pedigree}): {joules:.0f} J{interval_} of the steps and checkpoints{first}; "
         "held-out losses and judgements apart."

@@ -46,6 +46,8 @@ GRIDS = {
     "adafactor": (3e-2, 1e-1, 3e-1),
     "muon": (0.02, 0.05, 0.1),
 }
+DISTIL_GRIDS = {"adamw": (2e-3, 4e-3, 8e-3, 1.6e-2), "muon": (0.02, 0.04, 0.08)}
+"""The first is the teacher's."""
 HARD = DistilSettings(hard=1, soft=0)
 
 
@@ -309,9 +311,11 @@ def distil(b: Bench) -> dict[str, Any]:
     """A student of a quarter of the parameters: from the teacher, and by the text alone, at equal
     joules. The teacher's pass over the text counts; its own training, which is there, does not.
     Rates are chosen on the first seed, by runs of a quarter of the length."""
+    optimizer, rates = b.a.optimizer, DISTIL_GRIDS[b.a.optimizer]
     teacher = b.model(2 * b.a.width, b.a.layers, 7)
     size = sum(p.numel() for p in teacher.parameters())
-    big = b.run(teacher, b.settings(b.a.teacher_steps or 2 * b.steps, 7, rate=2e-3))
+    asked = b.settings(b.a.teacher_steps or 2 * b.steps, 7, rate=rates[0], optimizer=optimizer)
+    big = b.run(teacher, asked)
     teacher.requires_grad_(False)
     print(f"\nteacher of {size:,}: {big.curve[-1][1]:.4f}, {b.a.words}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -320,15 +324,18 @@ def distil(b: Bench) -> dict[str, Any]:
         extra = window.reading.joules or math.nan
         objective = Distil(DistilSettings(hard=0.3, soft=0.7), cache=cache)
 
+        def one(rate: float, seed: int, steps: int, objective: Distil | None) -> Trained:
+            s = b.settings(steps, seed, rate=rate, optimizer=optimizer)
+            return b.run(b.model(b.a.width, b.a.layers, seed), s, objective=objective)
+
         def hard(rate: float, seed: int, steps: int) -> Trained:
-            return b.run(b.model(b.a.width, b.a.layers, seed), b.settings(steps, seed, rate=rate))
+            return one(rate, seed, steps, None)
 
         def soft(rate: float, seed: int, steps: int) -> Trained:
-            student = b.model(b.a.width, b.a.layers, seed)
-            return b.run(student, b.settings(steps, seed, rate=rate), objective=objective)
+            return one(rate, seed, steps, objective)
 
         def best(run: Callable[[float, int, int], Trained]) -> float:
-            short = {r: run(r, b.seeds[0], b.steps // 4) for r in (2e-3, 4e-3, 8e-3, 1.6e-2)}
+            short = {r: run(r, b.seeds[0], b.steps // 4) for r in rates}
             return min(short, key=lambda r: short[r].curve[-1][1])
 
         rate, hard_rate = best(soft), best(hard)
@@ -379,6 +386,7 @@ def main() -> None:
     p.add_argument("--device", default="auto")
     p.add_argument("--precision", default="bfloat16")
     p.add_argument("--steps", type=int, default=300)
+    p.add_argument("--optimizer", choices=DISTIL_GRIDS, default="adamw", help="of distil")
     p.add_argument("--windows", type=int, default=0, help="to train on at most; 0: all")
     p.add_argument("--teacher-steps", type=int, default=0, help="0: twice the student's")
     p.add_argument("--batch", type=int, default=32)
