@@ -6,7 +6,8 @@
 against the dense model on ``--calib``, of which the end is held out, for ``--minutes`` of wall
 time: the text that it writes (``--own``), the teacher's passes, the timing of a step, held-out
 losses and checkpoints count. Judged before and after on ``--eval`` and on other text that the
-dense model wrote itself, none of which is trained on. What is done is kept in ``--work``: the same command goes on.
+dense model wrote itself, none of which is trained on. What is done is kept in ``--work``: the
+same command goes on.
 """
 
 from __future__ import annotations
