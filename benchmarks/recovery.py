@@ -393,6 +393,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.judged < 64:
         parser.error("--judged: 64 windows at least, for intervals that mean something")
+    if len({Path(f).name for f in args.eval}) < len(args.eval):
+        parser.error("--eval: files of one name: give each a name of its own")
     if args.hidden:
         args.live = True
     return args

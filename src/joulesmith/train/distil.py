@@ -79,15 +79,10 @@ class Distil:
         inside = {"hidden": s.hidden > 0, "attention": s.attention > 0}
         mine = run(module, tokens[:, :-1], **inside)
         total = torch.zeros((), device=tokens.device)
-        hard = s.hard
         if cached:
-            assert self.cache is not None
-            share = 0.0
-            if s.temperature == 1 and self.cache.layout.vocab == mine.logits.shape[-1]:
-                share, hard = hard / s.soft, 0.0  # in the same pass over logits
-            total = total + s.soft * self._cached(mine.logits, tokens, places, share)
-        if hard:
-            total = total + hard * losses.hard(mine.logits, tokens[:, 1:])
+            total = total + self._cached(mine.logits, tokens, places)
+        elif s.hard:
+            total = total + s.hard * losses.hard(mine.logits, tokens[:, 1:])
         if (s.soft and not cached) or any(inside.values()):
             other = self._taught(tokens[:, :-1], **inside)
             if s.soft and not cached:
@@ -119,11 +114,10 @@ class Distil:
             )
         return self.vocab or most
 
-    def _cached(
-        self, mine: Tensor, tokens: Tensor, places: NDArray[np.int64], share: float
-    ) -> Tensor:
-        """share: of the text's loss, to the teacher's."""
+    def _cached(self, mine: Tensor, tokens: Tensor, places: NDArray[np.int64]) -> Tensor:
+        """The losses of teacher and text, weighed."""
         assert self.cache is not None
+        soft, hard, labels = self.settings.soft, self.settings.hard, tokens[:, 1:]
         vocab, t = self.cache.layout.vocab, self.settings.temperature
         if vocab > mine.shape[-1] or self.vocab not in (None, vocab):
             raise JoulesmithError(
@@ -132,8 +126,10 @@ class Distil:
             )
         self.cache.check(places, tokens.cpu().numpy())
         ids, values = (x.to(mine.device) for x in self.cache.read(places))
-        labels = tokens[:, 1:] if share else None
-        return losses.soft_top(mine[..., :vocab], ids, values, t, vocab, labels, share)
+        if hard and t == 1 and vocab == mine.shape[-1]:  # both in one pass over logits
+            return soft * losses.soft_top(mine, ids, values, t, vocab, labels, hard / soft)
+        found = soft * losses.soft_top(mine[..., :vocab], ids, values, t, vocab)
+        return found + hard * losses.hard(mine, labels) if hard else found
 
     def _matched(
         self,
