@@ -322,7 +322,8 @@ def distil(b: Bench) -> dict[str, Any]:
         with b.meter.window("teacher") as window:
             cache = cache_top(teacher, b.windows, 32, Path(folder) / "top")
         extra = window.reading.joules or math.nan
-        objective = Distil(DistilSettings(hard=0.3, soft=0.7), cache=cache)
+        shares = DistilSettings(hard=b.a.hard, soft=1 - b.a.hard)
+        objective = Distil(shares, cache=cache)
 
         def one(rate: float, seed: int, steps: int, objective: Distil | None) -> Trained:
             s = b.settings(steps, seed, rate=rate, optimizer=optimizer)
@@ -365,7 +366,7 @@ def distil(b: Bench) -> dict[str, Any]:
     small = sum(p.numel() for p in b.model(b.a.width, b.a.layers, 0).parameters())
     return {
         "teacher": big.curve[-1][1], "parameters": [size, small], "rates": [rate, hard_rate],
-        "asking_joules": extra, "rows": rows,
+        "asking_joules": extra, "hard": b.a.hard, "rows": rows,
     }  # fmt: skip
 
 
@@ -387,6 +388,7 @@ def main() -> None:
     p.add_argument("--precision", default="bfloat16")
     p.add_argument("--steps", type=int, default=300)
     p.add_argument("--optimizer", choices=DISTIL_GRIDS, default="adamw", help="of distil")
+    p.add_argument("--hard", type=float, default=0.1, help="share of the text's loss in distil")
     p.add_argument("--windows", type=int, default=0, help="to train on at most; 0: all")
     p.add_argument("--teacher-steps", type=int, default=0, help="0: twice the student's")
     p.add_argument("--batch", type=int, default=32)

@@ -59,15 +59,17 @@ def inspect(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished run.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished run, or a trained .gguf.")],
     json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Show a finished run again, and write its page anew."""
     from joulesmith.report.files import PAGE_NAME, load_result
     from joulesmith.report.training_result import TRAINING
 
-    if (folder / TRAINING).is_file() or folder.name.endswith(TRAINING):
-        _training(folder / TRAINING if folder.is_dir() else folder, json_)
+    places = folder / TRAINING, folder.with_suffix(f".{TRAINING}"), folder
+    found = [p for p in places if p.name.endswith(TRAINING) and p.is_file()]
+    if found:
+        _training(found[0], json_)
         return
     result = load_result(folder)
     if json_:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -21,13 +22,20 @@ if TYPE_CHECKING:
 Out = Annotated[Path, typer.Option(help="Folder to write; for a GGUF, file FILE.gguf.")]
 Text = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option(help="Text to train on: a file, english (what Python ships) or hf:DATASET."),
+    typer.Option(
+        help="Text to train on: a file, english (what Python ships) or hf:DATASET. Default: what "
+        "the teacher writes; train has none and needs it."
+    ),
 ]
 Eval = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--eval", help="Text to judge on. Default: a part of --text, never trained on."),
+    typer.Option(
+        "--eval",
+        help="Text to judge on. Default: a part of --text, never trained on; without --text, or "
+        "with --samples, english.",
+    ),
 ]
-Steps = Annotated[Optional[int], typer.Option(help="Optimizer steps.")]  # noqa: UP045
+Steps = Annotated[Optional[int], typer.Option(min=1, help="Optimizer steps.")]  # noqa: UP045
 Epochs = Annotated[
     Optional[float],  # noqa: UP045
     typer.Option(help="Instead of steps: times that each window is seen."),
@@ -50,20 +58,23 @@ NextPercent = Annotated[
 ]
 Every = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(help="Steps between points of the energy-to-quality curve. Default: 12 points."),
+    typer.Option(
+        min=1, help="Steps between points of the energy-to-quality curve. Default: 12 points."
+    ),
 ]
 Batch = Annotated[int, typer.Option(help="Windows a step, over all ranks.")]
 Micro = Annotated[int, typer.Option(help="Windows in one pass; gradients add up to a batch.")]
 Length = Annotated[int, typer.Option(help="Tokens of a window.")]
 Windows = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(help="Windows of the text to use at most."),
+    typer.Option(min=1, help="Windows of the text to use at most."),
 ]
 Samples = Annotated[
     int,
     typer.Option(
+        min=0,
         help="Windows that the teacher writes (without one, the model) to train on beside --text. "
-        "Without --text: 256."
+        "Without --text: 256.",
     ),
 ]
 OptimizerName = Annotated[
@@ -71,7 +82,7 @@ OptimizerName = Annotated[
 ]
 Rate = Annotated[
     Optional[float],  # noqa: UP045
-    typer.Option(help="Highest learning rate. Default: by optimizer and command."),
+    typer.Option(help="Highest learning rate. Default: by optimizer and command, see the docs."),
 ]
 Schedule = Annotated[str, typer.Option(help="Of the rate: cosine, linear or constant.")]
 Precision = Annotated[
@@ -208,7 +219,7 @@ def train(
     fresh = scratch or shape is not None or config is not None
     lesson, limits = _lesson(
         steps, epochs, time_, budget, next_percent, every, batch, micro, optimizer,
-        rate or _rate(optimizer, 1.0 if fresh else 0.1), schedule, precision, recompute, seed,
+        _rate(rate, optimizer, 1.0 if fresh else 0.1), schedule, precision, recompute, seed,
         sparse, repeats, select, {"hard": 1.0, "soft": 0.0}, {}, 0, data, tensor, start_length,
         compiled,
     )  # fmt: skip
@@ -284,7 +295,7 @@ def distill(
     }  # fmt: skip
     lesson, limits = _lesson(
         steps, epochs, time_, budget, next_percent, every, batch, micro, optimizer,
-        rate or _rate(optimizer, 1.0 if fresh else 0.3), schedule, precision, recompute, seed,
+        _rate(rate, optimizer, 1.0 if fresh else 0.3), schedule, precision, recompute, seed,
         sparse, repeats, select, distil, {}, cache, data, tensor, start_length, compiled,
     )  # fmt: skip
     _run(
@@ -309,7 +320,11 @@ def recover(
         ),
     ] = "full",
     type_: Annotated[
-        str, typer.Option("--type", help="Of --mode quantized: INT4-G32, Q8_0, Q4_0, NF4-G64 ...")
+        str,
+        typer.Option(
+            "--type",
+            help="Of --mode quantized: INT4-G32, INT8-G64 ...; for a .gguf also Q8_0, Q4_0.",
+        ),
     ] = "INT4-G32",
     rank: Annotated[int, typer.Option(help="Of --mode lora.")] = 8,
     fill_zeros: Annotated[
@@ -365,7 +380,7 @@ def recover(
     share = {"lora": 1.0, "norms": 1.0, "quantized": 0.02}.get(mode, 0.5)
     lesson, limits = _lesson(
         steps, epochs, time_, budget, next_percent, every, batch, micro, optimizer,
-        rate or _rate(optimizer, share), schedule, precision, recompute, seed, None, repeats,
+        _rate(rate, optimizer, share), schedule, precision, recompute, seed, None, repeats,
         select, distil, how, cache, data, tensor, start_length, compiled,
     )  # fmt: skip
     _run(
@@ -379,8 +394,8 @@ RATES = {"adamw": 1e-3, "muon": 1e-2, "adafactor": 1e-2, "momentum": 3e-2, "sgd"
 """For fresh weights of a small model; shares of it for weights that are trained already."""
 
 
-def _rate(optimizer: str, share: float) -> float:
-    return RATES.get(optimizer, 1e-3) * share
+def _rate(asked: float | None, optimizer: str, share: float) -> float:
+    return asked if asked is not None else RATES.get(optimizer, 1e-3) * share
 
 
 def _lesson(
@@ -401,6 +416,8 @@ def _lesson(
     told = [n for n, v in (("steps", steps), ("epochs", epochs), ("time", time_)) if v is not None]
     if len(told) > 1:
         raise JoulesmithError(f"give one of --{' and --'.join(told)}")
+    if epochs is not None and not 0 < epochs < math.inf:
+        raise JoulesmithError(f"--epochs {epochs:g}: give more than 0")
     joules = None if budget is None else parse_joules(budget, "--budget")
     if not told and joules is None:
         raise JoulesmithError("say when to stop: --steps, --epochs, --time 30m or --budget 50kJ")
@@ -411,10 +428,10 @@ def _lesson(
     )
     plain: dict[str, Any] = {
         "train": {
-            "steps": steps or 1, "batch": batch, "micro": min(micro, batch),
+            "steps": 1 if steps is None else steps, "batch": batch, "micro": min(micro, batch),
             "optimizer": optimizer, "rate": rate, "schedule": schedule,
             "precision": precision or native_precision(), "recompute": recompute,
-            "every": every or 0, "seed": seed, "budget_joules": joules,
+            "every": 0 if every is None else every, "seed": seed, "budget_joules": joules,
             "start_length": start_length,
             "joules_per_percent": None if next_percent is None
             else parse_joules(next_percent, "--next-percent"),

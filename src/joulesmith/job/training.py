@@ -36,6 +36,7 @@ from joulesmith.report.training_result import (
     Kind,
     Scaling,
     TrainingResult,
+    in_all,
     write_training,
 )
 from joulesmith.train.lesson_settings import LessonSettings
@@ -44,7 +45,9 @@ from joulesmith.workspace import Workspace, file_identity
 if TYPE_CHECKING:
     import torch
 
+    from joulesmith.energy.meter import EnergyMeter
     from joulesmith.models import Model
+    from joulesmith.train.beside import Beside
     from joulesmith.train.group import Ranks
     from joulesmith.train.lesson import Limits, Taught
 
@@ -190,6 +193,16 @@ def check(task: Task, device: torch.device) -> None:
             )
 
 
+def check_form(task: Task, model: Model) -> None:
+    """Refuse a grid that the format cannot hold, by the model's own matrices, before it trains.
+    Raises `JoulesmithError`."""
+    how = task.lesson.how
+    if how.mode == "quantized" and isinstance(how.types, str):
+        for ref in model.tensors.values():
+            if len(ref.shape) == 2 and (ref.layer is not None or ref.role == "output"):
+                forms.check(task.format, ref, how.types)
+
+
 def _identity(task: Task) -> dict[str, Any]:
     limits = task.limits
     return {
@@ -261,13 +274,20 @@ class _Run:
 
     def go(self) -> TrainingResult | None:
         from joulesmith.energy.meter import EnergyMeter
+        from joulesmith.train.beside import Beside
+
+        with EnergyMeter() as meter:
+            return self._metered(meter, Beside(meter, self.workspace.work / "beside.json"))
+
+    def _metered(self, meter: EnergyMeter, beside: Beside) -> TrainingResult | None:
         from joulesmith.train.lesson import teach
 
         task, show, work, device = self.task, self.show, self.workspace.work, self.me.device
         with show.stage("load"):
             model, teacher = in_turn(self._models)
+        check_form(task, model)
         learner = teacher if teacher is not None else model
-        with show.stage("text") as tick:
+        with beside.of("text"), show.stage("text") as tick:
             windows = in_turn(
                 lambda: lesson_text.gather(
                     learner, task.text, task.evaluation, work,
@@ -276,7 +296,8 @@ class _Run:
                 )
             )  # fmt: skip
         if task.shrink is not None:
-            in_turn(lambda: self._shrink(model, windows))
+            with beside.of("shrinking"):
+                in_turn(lambda: self._shrink(model, windows))
         most = int(model.module.config.max_position_embeddings)
         if task.length > most:
             raise JoulesmithError(
@@ -286,27 +307,27 @@ class _Run:
         judge = _Judge(windows, work, str(device))
         before = None
         if self.me.first:
-            judge.refer(learner, show)
-            if teacher is not None:
-                show.expected.setdefault("before", 20)
-                with show.stage("before") as tick:
-                    found = self.workspace.once("before", lambda: judge(model, tick).to_dict())
-                    before = Quality(**found)
+            with beside.of("judging", together=False):
+                judge.refer(learner, show)
+                if teacher is not None:
+                    show.expected.setdefault("before", 20)
+                    with show.stage("before") as tick:
+                        found = self.workspace.once("before", lambda: judge(model, tick).to_dict())
+                        before = Quality(**found)
         wait()
         for m in (model, teacher):
             if m is not None:
                 m.module.to(device)
-        with EnergyMeter() as meter:
-            taught = teach(
-                model, windows.train, windows.held, task.lesson,
-                teacher=teacher, limits=task.limits, known=windows.final, folder=work,
-                meter=meter, points=work / "points.jsonl", show=show,
-            )  # fmt: skip
+        taught = teach(
+            model, windows.train, windows.held, task.lesson,
+            teacher=teacher, limits=task.limits, known=windows.final, folder=work,
+            meter=meter, points=work / "points.jsonl", show=show, beside=beside.of,
+        )  # fmt: skip
         if not self.me.first:
             return None
         if teacher is not None:
             teacher.module.to("cpu")
-        return self._written(model, teacher, windows, taught, judge, before)
+        return self._written(model, teacher, windows, taught, judge, before, beside)
 
     def _written(
         self,
@@ -316,6 +337,7 @@ class _Run:
         taught: Taught,
         judge: _Judge,
         before: Quality | None,
+        beside: Beside,
     ) -> TrainingResult:
         """Judged as it will be stored, then stored, and in llama.cpp judged there too."""
         from joulesmith.train.recover import to_gguf
@@ -324,18 +346,20 @@ class _Run:
         packed = to_gguf(model, taught.packed)
         model.module.to("cpu")
         apply.as_stored(model, packed, vectors=task.format != forms.GGUF)
-        with show.stage("judge") as tick:
+        with beside.of("judging", together=False), show.stage("judge") as tick:
             after = judge(model, tick)
         model.module.to("cpu")
         staged = work / ("staged.gguf" if task.format == forms.GGUF else "staged")
         shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed here
         with show.stage("write"):
             size = forms.write(task.format, model, packed, staged, None)
-        result = self._result(model, teacher, windows, taught, before, after, size)
+        found: dict[str, Any] = {}
         if task.format == forms.GGUF:
-            engine, quality = in_llama(staged, None, judge.reference, show)
-            update = {"engine": engine, "engine_quality": _figures(quality)}
-            result = result.model_copy(update=update)
+            with beside.of("judging", together=False):
+                engine, quality = in_llama(staged, None, judge.reference, show)
+            found = {"engine": engine, "engine_quality": _figures(quality)}
+        result = self._result(model, teacher, windows, taught, before, after, size, beside)
+        result = result.model_copy(update=found)
         self._publish(staged, result)
         return result
 
@@ -389,9 +413,11 @@ class _Run:
         before: Quality | None,
         after: Quality,
         size: int,
+        beside: Beside,
     ) -> TrainingResult:
         from joulesmith.energy.carbon import cost, emission
         from joulesmith.energy.carbon import price as find_price
+        from joulesmith.energy.totals import plus
         from joulesmith.train.budget import next_percent
 
         task, t = self.task, taught.trained
@@ -401,6 +427,9 @@ class _Run:
         except JoulesmithError:
             price = None
         notes = [*self.notes, *one_of_each(t.notes)]
+        others = dict(beside.joules)
+        others["judging"] = plus(others.get("judging", 0.0), t.aside)
+        whole = in_all(t.joules, others)
         if after.windows < 16:
             notes.append(f"judged on {after.windows} windows only: intervals are wide")
         return TrainingResult(
@@ -441,10 +470,12 @@ class _Run:
             losses=thinned(t.losses),
             sparsity=taught.sparsity,
             grid=task.grid,
-            gco2e=None if t.joules is None else emission(t.joules, task.grid),
+            beside=others,
+            beside_pedigree=beside.pedigree,
+            gco2e=None if whole is None else emission(whole, task.grid),
             price=None if price is None else f"{price.price_per_kwh:g} {price.currency}/kWh",
             currency=None if price is None else price.currency,
-            cost=None if t.joules is None or price is None else cost(t.joules, price),
+            cost=None if whole is None or price is None else cost(whole, price),
             scaling=_scaling(t.scaling),
             settings=task.lesson.model_copy(update={"train": taught.settings}).model_dump(
                 mode="json"

@@ -3,12 +3,14 @@ not how figures were got. Energies are in joules, times in seconds, losses in na
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from joulesmith.atomic import atomic_path
+from joulesmith.energy.totals import plus
 from joulesmith.errors import JoulesmithError
 from joulesmith.report.result import PedigreeName, QualityFigures, _Shape
 
@@ -83,8 +85,12 @@ class TrainingResult(_Shape):
     losses: tuple[tuple[int, float], ...]
     """(step, training loss), means over stretches of a long run."""
     sparsity: float | None
+    beside: dict[str, float | None] = Field(default_factory=dict)
+    """Joules of what it took beside the steps, by what for; None unknown."""
+    beside_pedigree: PedigreeName | None = None
     grid: str
     gco2e: float | None
+    """Of all joules, like ``cost``."""
     price: str | None
     currency: str | None
     cost: float | None
@@ -98,9 +104,22 @@ class TrainingResult(_Shape):
         return None if self.joules is None or not self.tokens else self.joules / self.tokens
 
     @property
+    def joules_in_all(self) -> float | None:
+        """Of the steps and of all beside them."""
+        return in_all(self.joules, self.beside)
+
+    @property
     def joules_per_parameter(self) -> float | None:
         """Of the trained model."""
         return None if self.joules is None else self.joules / self.parameters
+
+
+def in_all(joules: float | None, beside: Mapping[str, float | None]) -> float | None:
+    """Of the steps and of all beside them; None where a part is unknown."""
+    total = joules
+    for some in beside.values():
+        total = plus(total, some)
+    return total
 
 
 def write_training(result: TrainingResult, path: Path) -> None:

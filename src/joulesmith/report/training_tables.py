@@ -33,6 +33,10 @@ def render_training(r: TrainingResult, console: Console) -> None:
 
     spread = "" if r.low is None else f", 90 %: {figures.interval(r.low, r.high)}"
     row("energy", f"{si(r.joules, 'J')} {r.pedigree or ''}{spread}".strip())
+    if r.beside:
+        parts = ", ".join(f"{si(j, 'J')} {what}" for what, j in r.beside.items())
+        row("beside it", f"{parts} {r.beside_pedigree or ''}".strip())
+        row("in all", si(r.joules_in_all, "J"))
     row("per token", f"{si(r.joules_per_token, 'J')} of {r.tokens:,} tokens trained on")
     row("per parameter", f"{si(r.joules_per_parameter, 'J')} of {si(r.parameters, '').strip()}")
     row("one percent more", next_words(r))

@@ -7,7 +7,8 @@ Knows models and windows; not where a text is from, nor what becomes of the mode
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ from joulesmith.train.teacher import cache_top
 if TYPE_CHECKING:
     from joulesmith.models import Model
 
+Cost = Callable[[str], AbstractContextManager[object]]
+"""Told what for; counts what runs inside."""
 TRIAL_STEPS = 3
 """Steps that are timed where a time or joules are given in the place of steps."""
 
@@ -71,6 +74,11 @@ class Limits:
     seconds: float | None = None
     joules: float | None = None
 
+    @property
+    def timed(self) -> bool:
+        """Whether a few steps are timed to know how many there are."""
+        return self.epochs is None and (self.seconds is not None or self.joules is not None)
+
 
 def teach(
     student: Model,
@@ -86,13 +94,15 @@ def teach(
     points: Path | None = None,
     packed: Packed | None = None,
     show: Progress | None = None,
+    beside: Cost = lambda _: nullcontext(),
 ) -> Taught:
     """Train ``student.module`` in place.
 
     windows: int32 (n, length) to choose from; held: those of the energy-to-quality curve, never
     trained on. known: other windows that must not be repeated, such as those of the last
     judgement. folder: for checkpoints, teacher's predictions, scores and the number of steps; the
-    same call goes on there. meter: an `EnergyMeter`; without one the loop has its own.
+    same call goes on there. meter: an `EnergyMeter`; without one the loop has its own. beside: what
+    is made ready for the training runs in its context, as `Beside.of`.
 
     Raises `JoulesmithError` for tokenizers that differ, a budget of joules where they are unknown,
     and as `recover`, `loop.train` and `cache_top` do.
@@ -104,14 +114,15 @@ def teach(
         vocab = check_tokenizers(student.tokenizer, teacher.tokenizer)
     kept = _Kept(folder)
     judged = held if known is None else np.concatenate([held, known])
-    at, repeats = chosen(windows, judged, s.data, module, teacher, kept, show)
+    with beside("choosing windows") if s.data.share < 1 else nullcontext():
+        at, repeats = chosen(windows, judged, s.data, module, teacher, kept, show)
     mine = np.ascontiguousarray(windows[at])
     cache = None
     if s.cache and teacher is not None:
         if folder is None:
             raise JoulesmithError("a teacher's predictions are kept on disk: give a folder")
         show.expected.setdefault("teacher", 40)
-        with show.stage("teacher") as tick:
+        with beside("teacher's predictions"), show.stage("teacher") as tick:
             cache = cache_top(
                 teacher.module, mine, s.cache, folder / "teacher", vocab=vocab,
                 precision=s.train.precision, progress=tick,
@@ -125,7 +136,8 @@ def teach(
             and not stack.enter_context(fused(module))
         ):
             show.say("no C++ compiler: blocks are not compiled")
-        settings = counted(s, limits or Limits(), module, mine, objective, kept, meter, packed)
+        with beside("timing a few steps") if limits and limits.timed else nullcontext():
+            settings = counted(s, limits or Limits(), module, mine, objective, kept, meter, packed)
         if s.points and not settings.every:
             settings = settings.model_copy(update={"every": -(-settings.steps // s.points)})
         show.expected["train"] = 200.0
@@ -207,7 +219,9 @@ def chosen(
     if s.share == 1:
         return at, repeats
     if s.by == "learnable" and teacher is None:
-        raise JoulesmithError("what is learnable is told by a teacher: give one, or another --by")
+        raise JoulesmithError(
+            "what is learnable is told by a teacher: give one, or choose by loss or gradient"
+        )
     before = kept.array("scores") if rank() == 0 else None
     found = told(None if before is None or len(before) != len(at) else before.tolist())
     if found is None:
@@ -249,7 +263,7 @@ def counted(
     t = s.train
     if limits.epochs is not None:
         return t.model_copy(update={"steps": max(1, round(limits.epochs * len(windows) / t.batch))})
-    if limits.seconds is None and limits.joules is None:
+    if not limits.timed:
         return t
     before = kept.array("steps")
     if before is None or world() > 1:

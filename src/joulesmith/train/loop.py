@@ -30,7 +30,6 @@ from joulesmith.progress import Tick, silent
 from joulesmith.ranks import added, rank, world
 from joulesmith.ranks import told as told_by_first
 from joulesmith.train import budget, checkpoint, group, optimizers, rank_energy, schedule
-from joulesmith.train.modes import precision as _precision
 from joulesmith.train.modes import training as _training
 from joulesmith.train.parallel import (
     ParallelSettings,
@@ -43,7 +42,10 @@ from joulesmith.train.passes import gradients, leaves_out, length_of
 from joulesmith.train.scaling import Probe, Scaling
 from joulesmith.train.settings import TrainSettings
 
-__all__ = ["Hook", "Judge", "Objective", "Scaling", "Trained", "_precision", "_training", "train"]
+__all__ = ["Hook", "Judge", "Objective", "Scaling", "Trained", "train"]
+
+UNKNOWN_SECONDS = 30.0
+"""Of training whose joules are all unknown, after which one that they should end is refused."""
 
 Judge = Callable[[nn.Module], float]
 """Held-out loss of the module, nats a token."""
@@ -91,7 +93,8 @@ class Trained:
     """steps: done in all. stopped: why, in words. losses: of each step, those before a resume too,
     nats a token. curve: (joules or None, held-out loss) at each evaluation. joules and the interval
     of all steps and of all ranks, those before a resume included; None unknown. optimizer_bytes:
-    its state, on this rank. scaling: of several ranks against one, where it was looked at."""
+    its state, on this rank. scaling: of several ranks against one, where it was looked at. aside:
+    joules of evaluations, as far as known."""
 
     steps: int
     stopped: str
@@ -105,6 +108,7 @@ class Trained:
     optimizer_bytes: int
     notes: tuple[str, ...] = ()
     scaling: Scaling | None = None
+    aside: float = 0.0
 
 
 @dataclass
@@ -205,6 +209,7 @@ def train(
         optimizer_bytes=optimizers.state_bytes(optimizer),
         notes=tuple(loop.notes),
         scaling=scaling,
+        aside=spent.aside,
     )
 
 
@@ -264,8 +269,13 @@ class _Run:
         if self.state.step >= s.steps:
             return "all steps done"
         stop = ""
-        if s.budget_joules is not None:
-            self.spent = added([self.loop.spent])[0]
+        if s.budget_joules is not None or s.joules_per_percent is not None:
+            self.spent = added([self.loop.spent - self.loop.aside])[0]
+            if not self.spent and self._seconds() >= UNKNOWN_SECONDS:
+                raise JoulesmithError(
+                    "joules are unknown on this machine, and are to end the training: see  "
+                    "joulesmith doctor, or leave --budget and --next-percent out"
+                )
         if s.budget_joules is not None and self.spent >= s.budget_joules:
             stop = f"the budget of {s.budget_joules:g} J is spent"
         elif s.budget_seconds is not None and self._seconds() >= s.budget_seconds:

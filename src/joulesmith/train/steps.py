@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +105,16 @@ class Train(Lesson):
 
     name: ClassVar[str] = "train"
     lesson: LessonSettings = LessonSettings(distil=DistilSettings(hard=1, soft=0))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_the_text(cls, given: Any) -> Any:
+        """Without ``lesson.distil`` the text alone, whatever else the lesson says."""
+        lesson = given.get("lesson") if isinstance(given, dict) else None
+        if isinstance(lesson, dict):
+            distil = {"hard": 1, "soft": 0} | (lesson.get("distil") or {})
+            given = {**given, "lesson": {**lesson, "distil": distil}}
+        return given
 
     @model_validator(mode="after")
     def _alone(self) -> Train:
