@@ -59,13 +59,13 @@ def atomic_path(path: str | os.PathLike[str], *, needed: int | None = None) -> I
             check_space(folder, needed)
         try:
             yield temp
-            _sync(temp)
+            sync(temp)
             temp.replace(final)
         except BaseException:
             with suppress(OSError):
                 temp.unlink(missing_ok=True)
             raise
-        _sync(folder)
+        sync(folder)
 
 
 @contextmanager
@@ -93,16 +93,17 @@ def atomic_folder(path: str | os.PathLike[str], *, needed: int | None = None) ->
             for item in sorted(temp.rglob("*")):
                 if item.is_file():  # some libraries write files that only their owner can read
                     item.chmod(item.stat().st_mode | usual)
-                _sync(item)
-            _sync(temp)
+                sync(item)
+            sync(temp)
             temp.replace(final)
         except BaseException:
             shutil.rmtree(temp, ignore_errors=True)
             raise
-        _sync(folder)
+        sync(folder)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """A file or folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -196,7 +196,8 @@ def test_chosen_windows(tiny: Path, text: Path, tmp_path: Path, joulesmith: Run)
 def test_a_recipe_shrinks_recovers_and_quantizes(
     tiny: Path, text: Path, tmp_path: Path, joulesmith: Run
 ) -> None:
-    recipe = tmp_path / "recipe.yaml"
+    recipe, judged = tmp_path / "recipe.yaml", tmp_path / "judged.txt"
+    judged.write_text(english().text[30_000:60_000])
     recipe.write_text(
         f"""joulesmith_recipe: 1
 model: tiny
@@ -212,7 +213,7 @@ steps:
   default: INT8-G32
 """
     )
-    words = ("quantize", tiny, "--recipe", recipe, "--eval", text, "--json", "--out")
+    words = ("quantize", tiny, "--recipe", recipe, "--eval", judged, "--json", "--out")
     done = joulesmith(*words, tmp_path / "a")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

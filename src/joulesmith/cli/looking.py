@@ -59,7 +59,9 @@ def inspect(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a finished run, or a trained .gguf.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder of a finished run, or a trained .gguf.")
+    ],
     json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Show a finished run again, and write its page anew."""

@@ -130,6 +130,9 @@ Attention = Annotated[float, typer.Option(help="Weight of matching attention.")]
 Temperature = Annotated[float, typer.Option(help="Of both models' probabilities.")]
 OnPolicy = Annotated[float, typer.Option(help="Share of passes on text that the student writes.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+FillZeros = Annotated[
+    bool, typer.Option("--fill-zeros", help="Weights that are zero may train too.")
+]
 Form = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
@@ -199,6 +202,7 @@ def train(
     precision: Precision = None,
     recompute: Recompute = False,
     sparse: Sparse = None,
+    fill_zeros: FillZeros = False,
     repeats: Repeats = None,
     select: Select = None,
     start_length: StartLength = 0,
@@ -220,8 +224,8 @@ def train(
     lesson, limits = _lesson(
         steps, epochs, time_, budget, next_percent, every, batch, micro, optimizer,
         _rate(rate, optimizer, 1.0 if fresh else 0.1), schedule, precision, recompute, seed,
-        sparse, repeats, select, {"hard": 1.0, "soft": 0.0}, {}, 0, data, tensor, start_length,
-        compiled,
+        sparse, repeats, select, {"hard": 1.0, "soft": 0.0},
+        {"keep_zeros": not fill_zeros}, 0, data, tensor, start_length, compiled, device,
     )  # fmt: skip
     _run(
         "train", model, out, lesson, limits, json_,
@@ -270,6 +274,7 @@ def distill(
     precision: Precision = None,
     recompute: Recompute = False,
     sparse: Sparse = None,
+    fill_zeros: FillZeros = False,
     repeats: Repeats = None,
     select: Select = None,
     start_length: StartLength = 0,
@@ -296,7 +301,8 @@ def distill(
     lesson, limits = _lesson(
         steps, epochs, time_, budget, next_percent, every, batch, micro, optimizer,
         _rate(rate, optimizer, 1.0 if fresh else 0.3), schedule, precision, recompute, seed,
-        sparse, repeats, select, distil, {}, cache, data, tensor, start_length, compiled,
+        sparse, repeats, select, distil, {"keep_zeros": not fill_zeros}, cache, data,
+        tensor, start_length, compiled, device,
     )  # fmt: skip
     _run(
         "distill", teacher, out, lesson, limits, json_,
@@ -327,9 +333,7 @@ def recover(
         ),
     ] = "INT4-G32",
     rank: Annotated[int, typer.Option(help="Of --mode lora.")] = 8,
-    fill_zeros: Annotated[
-        bool, typer.Option("--fill-zeros", help="Weights that are zero may train too.")
-    ] = False,
+    fill_zeros: FillZeros = False,
     text: Text = None,
     eval_: Eval = None,
     hard: Hard = 0.0,
@@ -382,6 +386,7 @@ def recover(
         steps, epochs, time_, budget, next_percent, every, batch, micro, optimizer,
         _rate(rate, optimizer, share), schedule, precision, recompute, seed, None, repeats,
         select, distil, how, cache, data, tensor, start_length, compiled,
+        device,
     )  # fmt: skip
     _run(
         "recover", model, out, lesson, limits, json_,
@@ -404,7 +409,7 @@ def _lesson(
     rate: float, schedule: str, precision: str | None, recompute: bool, seed: int,
     sparse: str | None, repeats: float | None, select: str | None, distil: dict[str, Any],
     how: dict[str, Any], cache: int, data: str, tensor: int,
-    start_length: int, compiled: bool,
+    start_length: int, compiled: bool, device: str,
 ) -> tuple[LessonSettings, Limits]:  # fmt: skip
     """Options -> settings. Raises `JoulesmithError` in one line."""
     from pydantic import ValidationError
@@ -430,7 +435,7 @@ def _lesson(
         "train": {
             "steps": 1 if steps is None else steps, "batch": batch, "micro": min(micro, batch),
             "optimizer": optimizer, "rate": rate, "schedule": schedule,
-            "precision": precision or native_precision(), "recompute": recompute,
+            "precision": precision or native_precision(device), "recompute": recompute,
             "every": 0 if every is None else every, "seed": seed, "budget_joules": joules,
             "start_length": start_length,
             "joules_per_percent": None if next_percent is None

@@ -23,6 +23,7 @@ from joulesmith.errors import JoulesmithError
 from joulesmith.job.refine import refine
 from joulesmith.models import EMBEDDING, set_gguf_weight
 from joulesmith.progress import Progress, Tick
+from joulesmith.train.steps import Lesson
 
 if TYPE_CHECKING:
     from joulesmith.compress.prune.structured import Shrunk
@@ -83,8 +84,11 @@ def apply(
             continue
         show.expected.setdefault(step.name, _OTHER)
         with show.stage(step.name) as tick:
-            if isinstance(step, Resumable):
-                keep = workspace.work / f"{step.name}-{i}"
+            keep = workspace.work / f"{step.name}-{i}"
+            if isinstance(step, Lesson):
+                apart = inputs.search, inputs.final
+                record = step.apply(model, inputs.calibration, tick, keep, apart)
+            elif isinstance(step, Resumable):
                 record = step.apply(model, inputs.calibration, tick, keep)
             else:
                 record = step.apply(model, inputs.calibration, tick)

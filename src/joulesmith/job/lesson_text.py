@@ -78,10 +78,10 @@ def gather(
                 f"too little text: {read.source}: {count} windows of {length} tokens, "
                 f"{2 * LEAST} of which judge: give a longer text, or shorter windows (--length)"
             )
-        parts = {"held": each, "final": each, "train": count - 2 * each}
+        mine_of = count - 2 * each if most is None else min(most, count - 2 * each)
+        parts = {"held": each, "final": each, "train": mine_of}
         rest = text.windows(model, read, length, parts, seed)
         mine, source = rest["train"].tokens, read.source
-        mine = mine if most is None else mine[:most]
     else:
         count = _count(model, read, length)
         if not count:

@@ -181,6 +181,11 @@ def check(task: Task, device: torch.device) -> None:
                 f"--mode quantized writes {how.types}, which {task.format} does not hold: give "
                 "--format compressed-tensors, or a name that ends in .gguf"
             )
+    elif task.format == "compressed-tensors":
+        raise JoulesmithError(
+            "nothing is quantized: compressed-tensors wants a matrix of another type than F16: "
+            "train into another --format, then  joulesmith quantize  it"
+        )
     if device.type not in ("cpu", "cuda"):
         raise JoulesmithError(f"--device {task.device[:40]}: give auto, cpu, cuda or cuda:1")
     if device.type == "cuda":
@@ -201,6 +206,19 @@ def check_form(task: Task, model: Model) -> None:
         for ref in model.tensors.values():
             if len(ref.shape) == 2 and (ref.layer is not None or ref.role == "output"):
                 forms.check(task.format, ref, how.types)
+
+
+def frozen_zeros(task: Task, model: Model) -> list[str]:
+    """What is to be said of weights that are zero and will stay so."""
+    how = task.lesson.how
+    if not how.keep_zeros or how.mode == "lora" or task.lesson.sparse is not None:
+        return []
+    matrices = [p for p in model.module.parameters() if p.ndim >= 2]
+    zeros = sum(int((p == 0).sum()) for p in matrices)
+    if not zeros:
+        return []
+    share = zeros / sum(p.numel() for p in matrices)
+    return [f"{share:.2%} of the weights are zero and stay so (--fill-zeros trains them too)"]
 
 
 def _identity(task: Task) -> dict[str, Any]:
@@ -281,11 +299,20 @@ class _Run:
 
     def _metered(self, meter: EnergyMeter, beside: Beside) -> TrainingResult | None:
         from joulesmith.train.lesson import teach
+        from joulesmith.train.modes import fits
 
         task, show, work, device = self.task, self.show, self.workspace.work, self.me.device
         with show.stage("load"):
             model, teacher = in_turn(self._models)
         check_form(task, model)
+        for m in (model, teacher):
+            most = task.length if m is None else int(m.module.config.max_position_embeddings)
+            if task.length > most:
+                raise JoulesmithError(
+                    f"--length {task.length} is beyond the {most} tokens of the model's context: "
+                    "give fewer"
+                )
+        self.notes += frozen_zeros(task, model)
         learner = teacher if teacher is not None else model
         with beside.of("text"), show.stage("text") as tick:
             windows = in_turn(
@@ -298,12 +325,6 @@ class _Run:
         if task.shrink is not None:
             with beside.of("shrinking"):
                 in_turn(lambda: self._shrink(model, windows))
-        most = int(model.module.config.max_position_embeddings)
-        if task.length > most:
-            raise JoulesmithError(
-                f"--length {task.length} is beyond the {most} tokens of the model's context: give "
-                "fewer"
-            )
         judge = _Judge(windows, work, str(device))
         before = None
         if self.me.first:
@@ -317,7 +338,8 @@ class _Run:
         wait()
         for m in (model, teacher):
             if m is not None:
-                m.module.to(device)
+                with fits():
+                    m.module.to(device)
         taught = teach(
             model, windows.train, windows.held, task.lesson,
             teacher=teacher, limits=task.limits, known=windows.final, folder=work,

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.optim import Optimizer
 
-from joulesmith.atomic import check_space
+from joulesmith.atomic import check_space, sync
 from joulesmith.errors import JoulesmithError
 from joulesmith.ranks import rank, wait, world
 
@@ -80,8 +80,11 @@ def save(
             )
         if first:
             (part / STATE).write_text(json.dumps({**state, "step": step, "groups": rest}))
+            for item in (part / STATE, part):  # torch has synced its own files
+                sync(item)
             shutil.rmtree(final, ignore_errors=True)  # an incomplete one of a killed run
             part.replace(final)
+            sync(folder)  # before those that it replaces are gone
             for old in folder.glob("step-*"):
                 if old != final:
                     shutil.rmtree(old, ignore_errors=True)
@@ -120,7 +123,9 @@ def load(
     if extra:
         _read(path, _named(extra))
     tensors, rest = _flat(module, optimizer)
-    _read(path, tensors)
+    # Weights that no gradient reached had no state to keep, and get none here.
+    bare = _stateless(path, tensors)
+    _read(path, {n: t for n, t in tensors.items() if not n.startswith(tuple(bare))})
     weights: dict[str, Any] = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
     optimizer_state: dict[str, Any] = {
         k[6:]: v for k, v in tensors.items() if k.startswith("optim.")
@@ -134,6 +139,20 @@ def load(
             flatten_optimizer_state_dict=True, ignore_frozen_params=True, strict=False
         ),
     )
+    for n, p in module.named_parameters():
+        if f"optim.state.{n}." in bare:
+            optimizer.state.pop(p, None)
+
+
+def _stateless(path: Path, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Prefixes of the weights of which the checkpoint has no optimizer state at all."""
+    try:
+        stored = set(HuggingFaceStorageReader(path=str(path)).read_metadata().state_dict_metadata)
+    except Exception:  # what is wrong with it `_read` tells
+        return set()
+    names = {n.removeprefix("model.") for n in tensors if n.startswith("model.")}
+    prefixes = {f"optim.state.{n}." for n in names}
+    return {x for x in prefixes if not any(n.startswith(x) for n in stored)}
 
 
 def _read(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -54,6 +54,17 @@ def repeats(
     return shares
 
 
+def overlap(
+    windows: NDArray[np.int32], known: NDArray[np.int32], size: int = 50
+) -> NDArray[np.float64]:
+    """Share of each window's runs of ``size`` tokens, or half a window's, that ``known`` has, such
+    as the text that is judged on: (n,), 0 to 1. Lee et al. 2022, section 4, find runs of 50 tokens
+    to be the same text and not chance."""
+    size = max(1, min(size, windows.shape[1] // 2, known.shape[1] // 2))
+    shares: NDArray[np.float64] = np.isin(grams(windows, size), grams(known, size)).mean(axis=1)
+    return shares
+
+
 def without_repeats(
     windows: NDArray[np.int32],
     most: float = 0.5,

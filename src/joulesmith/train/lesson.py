@@ -26,7 +26,7 @@ from joulesmith.train import data, loop, rank_energy
 from joulesmith.train.data_settings import DataSettings
 from joulesmith.train.distil import Distil, check_tokenizers
 from joulesmith.train.lesson_settings import LessonSettings
-from joulesmith.train.modes import training
+from joulesmith.train.modes import fits, training
 from joulesmith.train.outputs import device_of, eager, fused, plainly
 from joulesmith.train.parallel import spread
 from joulesmith.train.passes import leaves_out
@@ -107,7 +107,18 @@ def teach(
     Raises `JoulesmithError` for tokenizers that differ, a budget of joules where they are unknown,
     and as `recover`, `loop.train` and `cache_top` do.
     """
-    show = show or Progress({})
+    with fits():
+        return _teach(
+            student, windows, held, s, teacher, limits or Limits(), known, folder, meter, points,
+            packed, show or Progress({}), beside,
+        )  # fmt: skip
+
+
+def _teach(
+    student: Model, windows: NDArray[np.int32], held: NDArray[np.int32], s: LessonSettings,
+    teacher: Model | None, limits: Limits, known: NDArray[np.int32] | None, folder: Path | None,
+    meter: Any, points: Path | None, packed: Packed | None, show: Progress, beside: Cost,
+) -> Taught:  # fmt: skip
     module = student.module
     vocab = None
     if teacher is not None:
@@ -129,15 +140,18 @@ def teach(
             )  # fmt: skip
     asked = teacher.module if teacher is not None and s.asks else None
     objective = Distil(s.distil, teacher=asked, cache=cache, vocab=vocab, eos=student.tokenizer.eos)
+    loop.check_batch(s.train, s.parallel)
     with ExitStack() as stack:
+        if s.distil.attention:
+            stack.enter_context(eager(module, *([] if asked is None else [asked])))
         if (
             s.compiled
             and device_of(module).type == "cpu"
             and not stack.enter_context(fused(module))
         ):
             show.say("no C++ compiler: blocks are not compiled")
-        with beside("timing a few steps") if limits and limits.timed else nullcontext():
-            settings = counted(s, limits or Limits(), module, mine, objective, kept, meter, packed)
+        with beside("timing a few steps") if limits.timed else nullcontext():
+            settings = counted(s, limits, module, mine, objective, kept, meter, packed)
         if s.points and not settings.every:
             settings = settings.model_copy(update={"every": -(-settings.steps // s.points)})
         show.expected["train"] = 200.0
@@ -299,10 +313,10 @@ def affordable(limits: Limits, seconds: float, joules: float | None) -> float:
     return float(int(min(counts)))
 
 
-def native_precision() -> str:
+def native_precision(device: str = "auto") -> str:
     """What products are made in where nothing is asked for: "bfloat16" on GPUs, and on processors
-    with instructions for it."""
-    if torch.cuda.is_available():
+    with instructions for it. device: that trains, as `--device`."""
+    if device != "cpu" and torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     units = ("avx512_bf16", "amx_tile")
     native = any(getattr(torch.cpu, f"_is_{u}_supported", lambda: False)() for u in units)
@@ -325,8 +339,6 @@ def trial(
     found: tuple[float, float | None] = (0.0, None)
     with ExitStack() as stack:
         used = stack.enter_context(rank_energy.meter_of_machine(meter))
-        if s.distil.attention:
-            stack.enter_context(eager(module))
         # An error leaves weights as they are, which putting the module together would round.
         stack.enter_context(suppress(_EnoughError))
         stack.enter_context(prepared(module, s.how, packed))

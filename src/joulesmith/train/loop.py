@@ -155,11 +155,7 @@ def train(
     check_hook(hook, how)
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
         raise JoulesmithError("no windows to train on: give more text")
-    data = max(1, world() // how.tensor)
-    if settings.batch % data:  # the mean over ranks is then that over windows
-        raise JoulesmithError(
-            f"a batch of {settings.batch} windows on {data} ranks: give a multiple"
-        )
+    check_batch(settings, how)
     told = identity if hook is None else [identity, hook.identity]
     print_of = _identity(module, windows, settings, told)
     state, scaling = _State(), None
@@ -211,6 +207,16 @@ def train(
         scaling=scaling,
         aside=spent.aside,
     )
+
+
+def check_batch(settings: TrainSettings, how: ParallelSettings) -> None:
+    """Raises `JoulesmithError` for a batch that ranks cannot share evenly: the mean over ranks
+    would not be that over windows, and some would wait for passes that others do not make."""
+    data = max(1, world() // how.tensor)
+    if settings.batch % data:
+        raise JoulesmithError(
+            f"a batch of {settings.batch} windows on {data} ranks: give a multiple"
+        )
 
 
 class _Run:
@@ -329,6 +335,8 @@ class _Run:
         self.module.train(training)
         self.loop.record(eval_loss=loss)
         joules = rank_energy.joules_now(self.loop)
+        if joules is not None and not self.state.step:
+            joules = 0.0  # of no step: what opening a window took is none of the training's
         self.state.curve.append((joules, loss))
         self.judged_step = self.state.step
         spent = "" if joules is None else f", {joules:.4g} J"

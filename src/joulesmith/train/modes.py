@@ -14,6 +14,22 @@ from joulesmith.train.settings import TrainSettings
 
 
 @contextmanager
+def fits() -> Iterator[None]:
+    """What does not fit into memory inside is told as a `JoulesmithError`."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        # torch has no type of its own for a processor's memory
+        known = isinstance(e, (torch.OutOfMemoryError, MemoryError))
+        if not known and "not enough memory" not in str(e):
+            raise
+        raise JoulesmithError(
+            "out of memory: give fewer windows a pass (--micro) or shorter ones (--length), "
+            "--recompute, or a smaller model"
+        ) from e
+
+
+@contextmanager
 def training(module: nn.Module, settings: TrainSettings) -> Iterator[None]:
     """Training mode and recomputed activations, undone at the end."""
     before = module.training

@@ -59,7 +59,8 @@ def gradients(
     of this rank's part, scalar. Whatever is drawn follows from seed, step and part."""
     at = schedule.windows_of(step, s.batch, len(windows), s.seed)
     mine = at[spread.data_rank :: spread.data_world]
-    torch.manual_seed(s.seed * 1_000_003 + step * spread.data_world + spread.data_rank)
+    drawn = s.seed * 1_000_003 + step * spread.data_world + spread.data_rank
+    torch.manual_seed(drawn % 2**63)
     total = torch.zeros((), device=device)
     length = length_of(s, step, windows.shape[1])
     for i in range(0, len(mine), s.micro):

@@ -144,7 +144,7 @@ class SparseTraining:
         """(outputs, inputs) from 0 to 1: the same on every rank, and after a resume."""
         place = list(self.layers).index(name)
         seed = (self.settings.seed * 1_000_003 + step) * len(self.layers) + place
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed % 2**63)
         return torch.rand(self.layers[name].shape, generator=generator)
 
     def _exchanges(self, step: int) -> bool:

@@ -4,7 +4,7 @@ steps before took."""
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from joulesmith.models import Model
     from joulesmith.train.lesson import Taught
 
+LEAK = 0.1
+"""Most of a window of the text that what is judged on may have too."""
 HELD = 32
 """Most windows that judge on the way; one in eight where there are fewer."""
 
@@ -49,20 +51,28 @@ class Lesson(Resumable):
         calibration: NDArray[np.int32],
         progress: Tick = silent,
         keep: Path | None = None,
+        judged: Sequence[NDArray[np.int32]] = (),
     ) -> StepRecord:
-        """Train in place; one window in eight judges. Raises `JoulesmithError` as `lesson.teach`,
-        and for a text that is missing or shorter than nine windows."""
+        """Train in place; one window in eight judges. judged: windows that the recipe's outcome is
+        judged on: those of the text that have them are left out. Raises `JoulesmithError` as
+        `lesson.teach`, and for a text that is missing or shorter than nine windows."""
         from joulesmith import models
+        from joulesmith.train import data
         from joulesmith.train.lesson import Limits, teach
         from joulesmith.train.recover import to_gguf
 
         ref = self.teacher_of(model)
         teacher = None if ref is None else models.load(ref)
         windows = calibration if self.text is None else self._read(model)
+        count = len(windows)
+        for some in judged:
+            windows = windows[data.overlap(windows, some) <= LEAK]
+        apart = count - len(windows)
         if len(windows) < 9:
+            less = f", without {apart} that are judged on," if apart else ""
             raise JoulesmithError(
-                f"{len(windows)} windows of {windows.shape[1]} tokens are too little to train on: "
-                "give a longer text"
+                f"{len(windows)} windows of {windows.shape[1]} tokens{less} are too little to "
+                "train on: give a longer text"
             )
         order = np.random.default_rng(self.lesson.train.seed).permutation(len(windows))
         count = min(HELD, len(windows) // 8)
@@ -73,7 +83,10 @@ class Lesson(Resumable):
             show=_OneTick(progress),
         )  # fmt: skip
         packed = to_gguf(model, taught.packed)
-        return StepRecord(self.name, packed=packed, notes=notes_of(taught), trained=taught.trained)
+        notes = notes_of(taught)
+        if apart:
+            notes += (f"{apart} windows of the text were left out: they are judged on",)
+        return StepRecord(self.name, packed=packed, notes=notes, trained=taught.trained)
 
     def _read(self, model: Model) -> NDArray[np.int32]:
         from joulesmith import text

@@ -116,7 +116,7 @@ def learn(
             found = known(i)
             if found is None:
                 # A seed for each block: a run that goes on draws what it would have drawn.
-                generator = torch.Generator().manual_seed(seed * 100_003 + i)
+                generator = torch.Generator().manual_seed((seed * 100_003 + i) % 2**63)
                 found = _learn_block(
                     model, rounded, i, given, target, kwargs, steps, batch, generator, tick
                 )
