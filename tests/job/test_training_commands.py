@@ -18,6 +18,7 @@ from joulesmith.job.training import one_of_each, recovered, thinned
 from joulesmith.quality import Quality
 from joulesmith.text import english
 
+RECOVER = ("recover", "{m}", "--teacher", "{m}", "--text", "{t}", "--steps", "1")
 SHORT = ("--length", "32", "--batch", "4", "--precision", "float32")
 
 
@@ -228,7 +229,11 @@ steps:
     plain = joulesmith(*words, tmp_path / "c")
     assert plain.returncode == 0, plain.stderr
     lost = [1 - q["quality"]["kept"] for q in (found, json.loads(plain.stdout))]
-    assert 0 < lost[0] < 0.7 * lost[1]
+    assert 0 < lost[0] < 0.9 * lost[1]
+    recipe.write_text(without.replace(f"text: {text}", f"text: {judged}"))
+    leak = joulesmith(*words, tmp_path / "d")
+    assert leak.returncode == 0, leak.stderr
+    assert any("were left out: they are judged on" in n for n in json.loads(leak.stdout)["notes"])
 
 
 @pytest.mark.parametrize(
@@ -241,7 +246,7 @@ steps:
         (("train", "{m}", "--text", "{t}", "--steps", "1", "--rate", "-1"), "rate"),
         (("train", "{m}", "--text", "{t}", "--steps", "1", "--optimizer", "adam"), "optimizer"),
         (("train", "{m}", "--text", "{t}", "--budget", "5"), "joules such as"),
-        (("train", "{m}", "--text", "{t}", "--steps", "1", "--length", "99999"), "too little text"),
+        (("train", "{m}", "--text", "{t}", "--steps", "1", "--length", "99999"), "1024 tokens"),
         (("train", "{m}", "--text", "{t}", "--steps", "1", "--device", "cuda:9"), "--device"),
         (("train", "{m}", "--text", "{t}", "--steps", "1", "--sparse", "rigl"), "--sparse"),
         (("train", "{m}", "--text", "{t}", "--steps", "1", "--select", "x=2"), "share"),
@@ -249,6 +254,13 @@ steps:
         (("distill", "{m}", "--text", "{t}", "--steps", "1"), "say who learns"),
         (("distill", "{m}", "--text", "{t}", "--steps", "1", "--shape", "width=30"), "width"),
         (("recover", "{m}", "--teacher", "absent", "--text", "{t}", "--steps", "1"), "absent"),
+        (("train", "{m}", "--text", "{t}", "--epochs", "nan"), "--epochs"),
+        (("train", "{m}", "--text", "{t}", "--steps", "1", "--rate", "0"), "rate"),
+        (
+            ("train", "{m}", "--text", "{t}", "--steps", "1", "--format", "compressed-tensors"),
+            "nothing is quantized",
+        ),
+        ((*RECOVER, "--mode", "quantized", "--type", "NF4-G32"), "compressed-tensors cannot hold"),
     ],
 )
 def test_one_clear_line(

@@ -65,6 +65,15 @@ def test_parts_by_score(scores: list[float], share: float) -> None:
     assert max(below, above) <= (len(s) - count + 1) // 2
 
 
+def test_what_is_judged_on_is_found_wherever_it_is_cut() -> None:
+    text = np.random.default_rng(0).integers(0, 9, 6400).astype(np.int32)
+    windows = text[:6144].reshape(-1, 256)
+    judged = text[1000 : 1000 + 5 * 128].reshape(-1, 128)  # cut elsewhere
+    share = data.overlap(windows, judged)
+    assert np.flatnonzero(share).tolist() == [4, 5, 6]
+    assert data.overlap(windows[:, :8], judged[:, :8]).shape == (24,)
+
+
 def test_scores_that_say_nothing() -> None:
     with pytest.raises(JoulesmithError, match="not finite"):
         data.by_score(np.array([1.0, np.nan]), 0.5)

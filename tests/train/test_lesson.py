@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,12 @@ from joulesmith.compress.step import find
 from joulesmith.energy.reading import Reading
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Progress
-from joulesmith.train import lesson
+from joulesmith.train import lesson, loop
 from joulesmith.train.data_settings import DataSettings
 from joulesmith.train.distil import Distil
 from joulesmith.train.lesson import Limits, affordable, chosen, counted, trial
 from joulesmith.train.lesson_settings import LessonSettings
+from joulesmith.train.parallel import ParallelSettings
 from joulesmith.train.recover_settings import DistilSettings
 from joulesmith.train.settings import TrainSettings
 from small_modules import language
@@ -144,6 +147,44 @@ def test_settings_that_do_not_go_together() -> None:
         find("distill")()
 
 
+def test_a_step_of_the_text_says_how_it_trains() -> None:
+    """And needs not say that no teacher does."""
+    made: Any = find("train")(lesson={"train": {"steps": 7}})
+    assert made.lesson.train.steps == 7 and made.lesson.distil == HARD
+    made = find("train")(lesson={"distil": {"hard": 2}})
+    assert (made.lesson.distil.hard, made.lesson.distil.soft) == (2, 0)
+
+
+def test_attention_is_matched_within_a_time(tmp_path: Path) -> None:
+    student, teacher = (SimpleNamespace(module=language("llama", seed=i), tokenizer=None)
+                        for i in (0, 1))  # fmt: skip
+    for more in ({}, {"sparse": {"method": "static", "sparsity": 0.5}}):
+        s = LessonSettings(
+            train=TrainSettings(steps=1, batch=4, micro=4),
+            distil=DistilSettings(hard=0, soft=0, attention=1), **more,
+        )  # fmt: skip
+        monkey = pytest.MonkeyPatch()
+        with monkey.context() as m:
+            m.setattr(lesson, "check_tokenizers", lambda *_: None)
+            student.tokenizer = SimpleNamespace(eos=None)
+            found = lesson.teach(
+                student, WINDOWS, WINDOWS[:4], s, teacher=teacher,  # type: ignore[arg-type]
+                limits=Limits(joules=30.0), meter=Meter(), folder=tmp_path / str(len(more)),
+                show=Progress({}, stream=io.StringIO()),
+            )  # fmt: skip
+        assert found.trained.steps > 0
+        assert student.module.config._attn_implementation == "sdpa"
+
+
+def test_a_batch_that_ranks_cannot_share_is_told_before_a_trial(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loop, "world", lambda: 3)
+    with pytest.raises(JoulesmithError, match="a batch of 4 windows on 3 ranks"):
+        loop.check_batch(TrainSettings(steps=1, batch=4), ParallelSettings())
+
+
 def test_native_precision() -> None:
     assert lesson.native_precision() in ("float32", "bfloat16")
+    assert lesson.native_precision("cpu") in ("float32", "bfloat16")
     torch.zeros(2, dtype=getattr(torch, lesson.native_precision()))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from joulesmith.energy.reading import Reading
 from joulesmith.errors import JoulesmithError
-from joulesmith.train import checkpoint, losses
+from joulesmith.train import checkpoint, loop, losses
 from joulesmith.train.loop import Trained, train
 from joulesmith.train.settings import TrainSettings
 
@@ -156,6 +156,35 @@ def test_a_budget_ends_it() -> None:
     assert go(steps=4, meter=Meter(), judge=judge, every=1, budget_joules=1e6).steps == 4
 
 
+def test_evaluations_are_not_of_the_budget() -> None:
+    class Dear(Meter):
+        def window(self, name: str) -> Window:
+            window = Window()
+            if name == "evaluate":
+                window.reading = Reading(1e6, 1.0, low=1e6, high=1e6, pedigree="assumed")
+            return window
+
+    found = go(steps=4, meter=Dear(), judge=judge, every=1, budget_joules=1e5)
+    assert found.steps == 4 and found.joules is not None and found.joules < 1e5
+    assert found.aside == 5e6 and found.pedigree == "measured"
+    assert found.curve[0][0] == 0, "nothing was spent before the first step"
+
+
+def test_joules_that_nobody_knows_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Blind(Meter):
+        def window(self, name: str) -> Window:
+            window = Window()
+            window.reading = Reading(None, 1.0)
+            return window
+
+    for given in ({"budget_joules": 9.0}, {"joules_per_percent": 9.0}):
+        assert go(steps=3, meter=Blind(), judge=judge, every=1, **given).steps == 3
+        monkeypatch.setattr(loop, "UNKNOWN_SECONDS", 0.5)
+        with pytest.raises(JoulesmithError, match="joules are unknown on this machine"):
+            go(steps=50, meter=Blind(), judge=judge, every=1, **given)
+        monkeypatch.undo()
+
+
 def test_the_next_percent_is_too_dear() -> None:
     found = go(steps=50, meter=Meter(), judge=judge, every=1, rate=1e-9, joules_per_percent=1.0)
     assert "next percent of quality costs more than 1 J" in found.stopped
@@ -197,6 +226,30 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert "\n" not in str(e.value)
     assert {p: p.read_bytes() for p in (tmp_path / "step-000000004").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000004"]
+
+
+def test_weights_that_no_gradient_reaches(tmp_path: Path) -> None:
+    class Idle(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle = nn.Linear(3, 3)
+
+    def idle() -> Idle:
+        torch.manual_seed(0)
+        return Idle()
+
+    whole = go(idle(), steps=6)
+
+    def fail(module: nn.Module, tokens: Tensor, places: NDArray[np.int64]) -> Tensor:
+        if (tmp_path / "step-000000003").is_dir():
+            raise KeyboardInterrupt
+        return objective(module, tokens, places)
+
+    settings = TrainSettings(steps=6, batch=8, micro=4, rate=1e-2)
+    with pytest.raises(KeyboardInterrupt):
+        train(idle(), WINDOWS, fail, settings, folder=tmp_path, save_seconds=0)
+    on = go(idle(), steps=6, folder=tmp_path)
+    assert on.losses == whole.losses and on.optimizer_bytes == whole.optimizer_bytes
 
 
 def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:

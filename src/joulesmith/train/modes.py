@@ -21,7 +21,7 @@ def fits() -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
         # torch has no type of its own for a processor's memory
         known = isinstance(e, (torch.OutOfMemoryError, MemoryError))
-        if not known and "not enough memory" not in str(e):
+        if not known and "DefaultCPUAllocator" not in str(e):
             raise
         raise JoulesmithError(
             "out of memory: give fewer windows a pass (--micro) or shorter ones (--length), "

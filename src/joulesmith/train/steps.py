@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from joulesmith.models import Model
     from joulesmith.train.lesson import Taught
 
-LEAK = 0.1
-"""Most of a window of the text that what is judged on may have too."""
 HELD = 32
 """Most windows that judge on the way; one in eight where there are fewer."""
 
@@ -66,7 +64,7 @@ class Lesson(Resumable):
         windows = calibration if self.text is None else self._read(model)
         count = len(windows)
         for some in judged:
-            windows = windows[data.overlap(windows, some) <= LEAK]
+            windows = windows[data.overlap(windows, some) == 0]
         apart = count - len(windows)
         if len(windows) < 9:
             less = f", without {apart} that are judged on," if apart else ""
