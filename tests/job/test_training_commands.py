@@ -12,6 +12,7 @@ import torch
 from runner import Run
 
 from joulesmith import models
+from joulesmith.energy.carbon import emission
 from joulesmith.errors import JoulesmithError
 from joulesmith.job.student import read_config, shape_of, shaped
 from joulesmith.job.training import one_of_each, recovered, thinned
@@ -88,6 +89,10 @@ def test_distilled(tiny: Path, text: Path, tmp_path: Path, joulesmith: Run, cach
     assert found["before"]["kl"] > 2 * found["after"]["kl"]
     assert found["recovered"] > 0.3 and found["parameters"] < found["teacher_parameters"]
     assert found["settings"]["cache"] == int(cache)
+    parts = {"text", "judging"} | ({"teacher's predictions"} if int(cache) else set())
+    assert set(found["beside"]) == parts and all(j > 0 for j in found["beside"].values())
+    whole = found["joules"] + sum(found["beside"].values())
+    assert found["gco2e"] == pytest.approx(emission(whole, "WORLD"))
 
 
 def test_the_teacher_writes_text(tiny: Path, text: Path, tmp_path: Path, joulesmith: Run) -> None:
@@ -145,7 +150,8 @@ def test_recovered_on_a_grid(tiny: Path, text: Path, tmp_path: Path, joulesmith:
     assert 0.9 < found["after"]["kept"] < 1.1
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {"out.gguf", "out.training.json", "out.training.html"}
-    assert joulesmith("report", tmp_path / "out.training.json").returncode == 0
+    for name in ("out.training.json", "out.gguf"):
+        assert joulesmith("report", tmp_path / name).returncode == 0
 
 
 def test_zeros_stay(tiny: Path, text: Path, tmp_path: Path, joulesmith: Run) -> None:

@@ -75,6 +75,16 @@ def test_unknown_joules_are_no_zero() -> None:
     assert r.joules_per_token is None and "unknown" in told(r)
 
 
+def test_what_it_took_beside_the_steps() -> None:
+    r = result(beside={"text": 6.0, "judging": 10.0}, beside_pedigree="assumed")
+    assert r.joules_in_all == 100.0
+    page = render_training_page(r)
+    assert "100 J" in page and "text 6.00 J, judging 10.0 J" in page and "assumed" in page
+    assert "in all" in told(r) and "10 J judging" in told(r)
+    assert result(beside={"text": None}).joules_in_all is None
+    assert "In all" not in render_training_page(result())
+
+
 def test_ranks_and_engines() -> None:
     s = Scaling(ranks=2, plan="DDP", speed_up=1.5, joules_ratio=None, communication=0.25)
     r = result(scaling=s, engine="llama.cpp 1", engine_quality=quality(26))

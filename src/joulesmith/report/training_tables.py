@@ -32,11 +32,11 @@ def render_training(r: TrainingResult, console: Console) -> None:
         grid.add_row(name, say(text))
 
     spread = "" if r.low is None else f", 90 %: {figures.interval(r.low, r.high)}"
-    row("energy", f"{si(r.joules, 'J')} {r.pedigree or ''}{spread}".strip())
+    row("energy of steps", f"{si(r.joules, 'J')} {r.pedigree or ''}{spread}".strip())
     if r.beside:
         parts = ", ".join(f"{si(j, 'J')} {what}" for what, j in r.beside.items())
-        row("beside it", f"{parts} {r.beside_pedigree or ''}".strip())
-        row("in all", si(r.joules_in_all, "J"))
+        row("beside it", parts)
+        row("in all", f"{si(r.joules_in_all, 'J')} {r.beside_pedigree or ''}".strip())
     row("per token", f"{si(r.joules_per_token, 'J')} of {r.tokens:,} tokens trained on")
     row("per parameter", f"{si(r.joules_per_parameter, 'J')} of {si(r.parameters, '').strip()}")
     row("one percent more", next_words(r))
