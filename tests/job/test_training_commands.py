@@ -261,6 +261,26 @@ steps:
         (("distill", "{m}", "--text", "{t}", "--steps", "1", "--shape", "width=30"), "width"),
         (("recover", "{m}", "--teacher", "absent", "--text", "{t}", "--steps", "1"), "absent"),
         (("train", "{m}", "--text", "{t}", "--epochs", "nan"), "--epochs"),
+        (("train", "{m}", "--text", "{t}", "--steps", "1", "--start-length", "5"), "divisor"),
+        (
+            ("train", "{m}", "--text", "{t}", "--steps", "1", "--select", "learnable:high=0.5"),
+            "told by a teacher",
+        ),
+        (
+            (
+                "train",
+                "{m}",
+                "--text",
+                "{t}",
+                "--steps",
+                "1",
+                "--optimizer",
+                "muon",
+                "--sparse",
+                "set=0.5",
+            ),
+            "no states of single weights",
+        ),
         (("train", "{m}", "--text", "{t}", "--steps", "1", "--rate", "0"), "rate"),
         (
             ("train", "{m}", "--text", "{t}", "--steps", "1", "--format", "compressed-tensors"),

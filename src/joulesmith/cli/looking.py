@@ -68,10 +68,11 @@ def report(
     from joulesmith.report.files import PAGE_NAME, load_result
     from joulesmith.report.training_result import TRAINING
 
-    places = folder / TRAINING, folder.with_suffix(f".{TRAINING}"), folder
-    found = [p for p in places if p.name.endswith(TRAINING) and p.is_file()]
-    if found:
-        _training(found[0], json_)
+    place = folder / TRAINING if folder.is_dir() else folder
+    if place.suffix.lower() == ".gguf":
+        place = place.with_suffix(f".{TRAINING}")
+    if place.name.endswith(TRAINING) and (place.is_file() or place != folder / TRAINING):
+        _training(place, json_)
         return
     result = load_result(folder)
     if json_:

@@ -31,8 +31,7 @@ Eval = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
         "--eval",
-        help="Text to judge on. Default: a part of --text, never trained on; without --text, or "
-        "with --samples, english.",
+        help="Text to judge on. Default: a part of --text, never trained on; without it english.",
     ),
 ]
 Steps = Annotated[Optional[int], typer.Option(min=1, help="Optimizer steps.")]  # noqa: UP045

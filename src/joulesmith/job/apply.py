@@ -46,8 +46,8 @@ class Applied:
 
     packed: GGUF name -> (type, packed rows). inputs: module name -> what rounds its inputs.
     damage: GGUF name -> predicted KL of rounding, nats a token. factors: GGUF name -> two
-    matrices whose product is added. smoothing: sets of factors folded. pruned, shrunk: as
-    `StepRecord` has them.
+    matrices whose product is added. steps: how many were applied. smoothing: sets of factors
+    folded. pruned, shrunk: as `StepRecord` has them.
     """
 
     packed: dict[str, tuple[str, Bytes]] = field(default_factory=dict)
@@ -57,6 +57,7 @@ class Applied:
     notes: list[str] = field(default_factory=list)
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     smoothing: int = 0
+    steps: int = 0
     pruned: tuple[Pruned, ...] = ()
     shrunk: Shrunk | None = None
 
@@ -78,13 +79,14 @@ def apply(
     done = done or Applied()
     done.notes += fitted.notes
     for i, step in enumerate(recipe.steps):
+        done.steps += 1
         if isinstance(step, Quantize):
             folder = workspace.work / ("packed" if len(fitted.by_step) == 1 else f"packed-{i}")
             _quantize(model, step, fitted.by_step[i], inputs, workspace, folder, show, done)
             continue
         show.expected.setdefault(step.name, _OTHER)
         with show.stage(step.name) as tick:
-            keep = workspace.work / f"{step.name}-{i}"
+            keep = workspace.work / f"{step.name}-{done.steps}"
             if isinstance(step, Lesson):
                 apart = inputs.search, inputs.final
                 record = step.apply(model, inputs.calibration, tick, keep, apart)

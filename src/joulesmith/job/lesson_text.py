@@ -54,7 +54,7 @@ def gather(
 
     text_ref: trained on; None for what ``model`` writes itself. samples: windows that it writes
     beside the text; without one `SAMPLES`, unless told. evaluation:
-    judged on; None for a part of the text that is trained on, or with samples the English that
+    judged on; None for a part of the text that is trained on, or without one the English that
     Python ships. length: tokens of a window. most: windows to train on. Raises `JoulesmithError`
     for text that is missing, empty or too short.
     """

@@ -145,6 +145,8 @@ def _run(task: Task, me: Ranks, show: Progress) -> TrainingResult | None:
 def check(task: Task, device: torch.device) -> None:
     """Refuse what cannot work, before any work is done. Raises `JoulesmithError`."""
     from joulesmith.energy import grid
+    from joulesmith.train.loop import check_batch
+    from joulesmith.train.passes import length_of
 
     forms.ready(task.format)
     if task.format == forms.GGUF:
@@ -172,6 +174,10 @@ def check(task: Task, device: torch.device) -> None:
         student.shape_of(task.shape)
     if task.shrink is not None and "joules" in shrink_parts(task.shrink):
         raise JoulesmithError("--shrink joules= is priced by  joulesmith compress: run that first")
+    check_batch(task.lesson.train, task.lesson.parallel)
+    length_of(task.lesson.train, 0, task.length)
+    if task.kind == "train" and task.lesson.data.by == "learnable":
+        raise JoulesmithError("what is learnable is told by a teacher: choose by loss or gradient")
     how = task.lesson.how
     if how.mode == "quantized":
         if isinstance(how.types, str):
@@ -211,7 +217,7 @@ def check_form(task: Task, model: Model) -> None:
 def frozen_zeros(task: Task, model: Model) -> list[str]:
     """What is to be said of weights that are zero and will stay so."""
     how = task.lesson.how
-    if not how.keep_zeros or how.mode == "lora" or task.lesson.sparse is not None:
+    if not how.keep_zeros or how.mode != "full" or task.lesson.sparse is not None:
         return []
     matrices = [p for p in model.module.parameters() if p.ndim >= 2]
     zeros = sum(int((p == 0).sum()) for p in matrices)
@@ -293,13 +299,13 @@ class _Run:
     def go(self) -> TrainingResult | None:
         from joulesmith.energy.meter import EnergyMeter
         from joulesmith.train.beside import Beside
+        from joulesmith.train.modes import fits
 
-        with EnergyMeter() as meter:
+        with EnergyMeter() as meter, fits():
             return self._metered(meter, Beside(meter, self.workspace.work / "beside.json"))
 
     def _metered(self, meter: EnergyMeter, beside: Beside) -> TrainingResult | None:
         from joulesmith.train.lesson import teach
-        from joulesmith.train.modes import fits
 
         task, show, work, device = self.task, self.show, self.workspace.work, self.me.device
         with show.stage("load"):
@@ -338,8 +344,7 @@ class _Run:
         wait()
         for m in (model, teacher):
             if m is not None:
-                with fits():
-                    m.module.to(device)
+                m.module.to(device)
         taught = teach(
             model, windows.train, windows.held, task.lesson,
             teacher=teacher, limits=task.limits, known=windows.final, folder=work,
@@ -448,7 +453,7 @@ class _Run:
             price = find_price(task.grid)
         except JoulesmithError:
             price = None
-        notes = [*self.notes, *one_of_each(t.notes)]
+        notes = [*self.notes, *one_of_each(t.notes), *beside.notes]
         others = dict(beside.joules)
         others["judging"] = plus(others.get("judging", 0.0), t.aside)
         whole = in_all(t.joules, others)

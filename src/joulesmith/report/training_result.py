@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from joulesmith.atomic import atomic_path
+from joulesmith.energy.reading import worst
 from joulesmith.energy.totals import plus
 from joulesmith.errors import JoulesmithError
 from joulesmith.report.result import PedigreeName, QualityFigures, _Shape
@@ -107,6 +108,11 @@ class TrainingResult(_Shape):
     def joules_in_all(self) -> float | None:
         """Of the steps and of all beside them."""
         return in_all(self.joules, self.beside)
+
+    @property
+    def pedigree_in_all(self) -> PedigreeName | None:
+        """Of `joules_in_all`: the least sure of its parts."""
+        return worst((self.pedigree, self.beside_pedigree))
 
     @property
     def joules_per_parameter(self) -> float | None:

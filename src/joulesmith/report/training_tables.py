@@ -36,7 +36,7 @@ def render_training(r: TrainingResult, console: Console) -> None:
     if r.beside:
         parts = ", ".join(f"{si(j, 'J')} {what}" for what, j in r.beside.items())
         row("beside it", parts)
-        row("in all", f"{si(r.joules_in_all, 'J')} {r.beside_pedigree or ''}".strip())
+        row("in all", f"{si(r.joules_in_all, 'J')} {r.pedigree_in_all or ''}".strip())
     row("per token", f"{si(r.joules_per_token, 'J')} of {r.tokens:,} tokens trained on")
     row("per parameter", f"{si(r.joules_per_parameter, 'J')} of {si(r.parameters, '').strip()}")
     row("one percent more", next_words(r))

@@ -161,7 +161,7 @@ def _teach(
             "judge": _Plainly(judge) if s.compiled else judge,
             "folder": None if folder is None else folder / "checkpoints",
             "meter": meter, "points": points, "progress": tick, "tell": show.say,
-            "save_seconds": s.save_seconds, "parallel": s.parallel,
+            "save_seconds": s.save_seconds, "parallel": s.parallel, "beside": beside,
         }  # fmt: skip
         if s.sparse is not None:
             hook = SparseTraining(module, s.sparse, settings)

@@ -8,7 +8,7 @@ from joulesmith.train.data_settings import DataSettings
 from joulesmith.train.parallel_settings import ParallelSettings
 from joulesmith.train.recover_settings import DistilSettings, RecoverSettings
 from joulesmith.train.settings import TrainSettings
-from joulesmith.train.sparse_settings import SparseSettings
+from joulesmith.train.sparse_settings import OPTIMIZERS, SparseSettings
 
 
 class LessonSettings(BaseModel):
@@ -37,6 +37,11 @@ class LessonSettings(BaseModel):
     def _together(self) -> LessonSettings:
         if self.sparse is not None and self.how.mode != "full":
             raise ValueError(f"sparse training trains every weight: not with mode {self.how.mode}")
+        if self.sparse is not None and self.train.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"{self.train.optimizer} has no states of single weights: sparse training goes "
+                f"with {', '.join(OPTIMIZERS)}"
+            )
         if self.cache and self.train.start_length:
             raise ValueError("a cache is of whole windows: give no start_length")
         if self.compiled and (self.distil.on_policy or self.train.start_length):

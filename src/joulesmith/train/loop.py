@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +44,7 @@ from joulesmith.train.settings import TrainSettings
 
 __all__ = ["Hook", "Judge", "Objective", "Scaling", "Trained", "train"]
 
+PROBE = "ranks against one"
 UNKNOWN_SECONDS = 30.0
 """Of training whose joules are all unknown, after which one that they should end is refused."""
 
@@ -136,6 +137,7 @@ def train(
     progress: Tick = silent,
     tell: Callable[[str], None] | None = None,
     parallel: ParallelSettings | None = None,
+    beside: Callable[[str], AbstractContextManager[object]] = lambda _: nullcontext(),
 ) -> Trained:
     """Train what in ``module`` requires gradients, in place.
 
@@ -146,7 +148,8 @@ def train(
 
     Of several ranks all call it with the same; ``parallel`` says how they share the work. Then
     evaluations, checkpoints and the end are of all of them, and so are joules: the first rank of
-    each machine counts that machine's, with ``meter`` or its own, and they are added up.
+    each machine counts that machine's, with ``meter`` or its own, and they are added up. beside:
+    what looks at ranks before the training runs in its context, as `Beside.of`.
 
     Raises `JoulesmithError` for windows that are none, a loss or gradient that is not finite (the
     last checkpoint is kept), checkpoints of another run, a full disk, and as `spread`.
@@ -165,12 +168,14 @@ def train(
         probe = None
         if world() > 1 and how.probe:
             probe = Probe(windows, objective, settings, how.probe, meter)
-            probe.on_one(module)
+            with beside(PROBE):
+                probe.on_one(module)
         ddp = world() > 1 and how.data == "replicate" and how.tensor == 1
         out = ddp and leaves_out(module, windows, objective, settings)
         shared = stack.enter_context(spread(module, how, out))
         if probe is not None:
-            scaling = probe.on_all(shared)
+            with beside(PROBE):
+                scaling = probe.on_all(shared)
         moved_hook(hook, shared.moved)
         chosen = {n: p for n, p in shared.inner.named_parameters() if p.requires_grad}
         optimizer = optimizers.build(chosen, settings)

@@ -20,10 +20,7 @@ from joulesmith.train import masks
 from joulesmith.train.live import Live
 from joulesmith.train.live_rows import LiveRows
 from joulesmith.train.settings import TrainSettings
-from joulesmith.train.sparse_settings import EXCHANGE, GRADUAL, SparseSettings
-
-OPTIMIZERS = ("sgd", "momentum", "adamw")
-"""Those that treat each weight by itself."""
+from joulesmith.train.sparse_settings import EXCHANGE, GRADUAL, OPTIMIZERS, SparseSettings
 
 
 class SparseTraining:

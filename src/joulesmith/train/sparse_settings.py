@@ -15,6 +15,8 @@ GRADUAL = ("magnitude", "movement")
 """Methods that begin dense; the others have as many live weights from the first step on."""
 EXCHANGE = ("set", "rigl")
 """Methods that exchange live weights for dead ones."""
+OPTIMIZERS = ("sgd", "momentum", "adamw")
+"""Those that treat each weight by itself."""
 _NOT_OF: dict[str, tuple[str, ...]] = {
     "static": ("every", "begin", "until", "drop"),
     "magnitude": ("drop", "start"),
