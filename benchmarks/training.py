@@ -271,19 +271,24 @@ def sparse(b: Bench) -> dict[str, Any]:
     def one(name: str, count: int, rate: float, seed: int) -> tuple[Trained, float]:
         module = b.model(b.a.width, b.a.layers, seed)
         s = b.settings(count, seed, rate=rate)
-        if name.startswith("dense"):
+        method = name.partition(",")[0]
+        if method == "dense":
             return b.run(module, s), 0.0
         hook = SparseTraining(
             module,
             SparseSettings(
-                method=name, sparsity=share, layers=("*.layers.*",), seed=seed,
-                **({} if name == "static" else {"every": change}),
+                method=method, sparsity=share, layers=("*.layers.*",), seed=seed,
+                **({} if method == "static" else {"every": change}),
             ),
             s,
         )  # fmt: skip
         return b.run(module, s, hook=hook), hook.sparsity
 
-    every = {"dense, as many steps": steps, "dense, equal FLOPs": round(budget / 3), **counts}
+    every = {
+        "dense, as many steps": steps, "dense, equal FLOPs": round(budget / 3), **counts,
+        "rigl, as many steps": steps,
+    }  # fmt: skip
+    every = {n: c for n, c in every.items() if not b.a.methods or n.startswith(tuple(b.a.methods))}
     dense_bytes = 0
     for name, count in every.items():
         zeros: list[float] = []
@@ -391,6 +396,7 @@ def main() -> None:
     p.add_argument("--hard", type=float, default=0.1, help="share of the text's loss in distil")
     p.add_argument("--windows", type=int, default=0, help="to train on at most; 0: all")
     p.add_argument("--teacher-steps", type=int, default=0, help="0: twice the student's")
+    p.add_argument("--methods", nargs="+", help="of sparse: those whose names begin so")
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--width", type=int, default=192)
     p.add_argument("--layers", type=int, default=6)
