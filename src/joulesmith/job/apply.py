@@ -79,14 +79,14 @@ def apply(
     done = done or Applied()
     done.notes += fitted.notes
     for i, step in enumerate(recipe.steps):
-        done.steps += 1
+        place, done.steps = done.steps, done.steps + 1
         if isinstance(step, Quantize):
             folder = workspace.work / ("packed" if len(fitted.by_step) == 1 else f"packed-{i}")
             _quantize(model, step, fitted.by_step[i], inputs, workspace, folder, show, done)
             continue
         show.expected.setdefault(step.name, _OTHER)
         with show.stage(step.name) as tick:
-            keep = workspace.work / f"{step.name}-{done.steps}"
+            keep = workspace.work / f"{step.name}-{place}"
             if isinstance(step, Lesson):
                 apart = inputs.search, inputs.final
                 record = step.apply(model, inputs.calibration, tick, keep, apart)
