@@ -15,16 +15,23 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+import torch
 from rank_worker import done, model
 from torch import nn
 
+from joulesmith.energy.reading import Reading
 from joulesmith.errors import JoulesmithError
 from joulesmith.ranks import shared
 from joulesmith.train import parallel
+from joulesmith.train.distil import Distil
 from joulesmith.train.group import ranks
-from joulesmith.train.parallel import ParallelSettings
-from joulesmith.train.scaling import Scaling, covered
+from joulesmith.train.parallel import ParallelSettings, Spread
+from joulesmith.train.recover_settings import DistilSettings
+from joulesmith.train.scaling import Probe, Scaling, covered
+from joulesmith.train.settings import TrainSettings
+from small_modules import language
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 WAYS: dict[str, dict[str, Any]] = {
@@ -241,6 +248,32 @@ def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(JoulesmithError, match="WORLD_SIZE=two is no number"), ranks("cpu"):
         pass
+
+
+def test_one_rank_against_itself_is_even() -> None:
+    """Joules of a step on both sides, whatever the number of steps that are looked at."""
+
+    class Meter:
+        def window(self, name: str) -> Any:
+            return Window()
+
+    class Window:
+        reading = Reading(6.0, 1.0)
+
+        def __enter__(self) -> Window:
+            return self
+
+        def __exit__(self, *exc: object) -> None: ...
+
+    module = language("llama")
+    windows = np.random.default_rng(0).integers(0, 50, (8, 12)).astype(np.int32)
+    settings = TrainSettings(steps=9, batch=4, micro=4)
+    probe = Probe(windows, Distil(DistilSettings(hard=1, soft=0)), settings, 3, Meter())
+    before = [p.detach().clone() for p in module.parameters()]
+    probe.on_one(module)
+    found = probe.on_all(Spread(module, module))
+    assert found.joules == found.joules_alone == 2.0 and found.joules_ratio == 1.0
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
 def test_figures_of_scaling() -> None:

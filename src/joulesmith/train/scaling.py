@@ -82,7 +82,8 @@ class Probe:
                         torch.set_num_threads(count)
                         seconds, reading = self._timed(Spread(module, module))
                         if found is None or seconds < found[0]:
-                            found = seconds, _of_one(reading, device)
+                            joules = _of_one(reading, device)
+                            found = seconds, None if joules is None else joules / self.steps
             except torch.OutOfMemoryError:
                 self.note = "the model does not fit on one rank"
                 if torch.cuda.is_available():
@@ -111,7 +112,7 @@ class Probe:
         return seconds, None if unknown else joules / self.steps
 
     def _timed(self, spread: Spread, meet: Any = lambda: None) -> tuple[float, Any]:
-        """Seconds of a step, and the reading of all of them."""
+        """Seconds of a step, and the reading of all steps."""
         with _still(spread, self.s) as step:
             step(self.windows, self.objective, 0)
             meet()
