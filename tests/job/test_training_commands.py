@@ -239,7 +239,7 @@ steps:
     plain = joulesmith(*words, tmp_path / "c")
     assert plain.returncode == 0, plain.stderr
     lost = [1 - q["quality"]["kept"] for q in (found, json.loads(plain.stdout))]
-    assert 0 < lost[0] < 0.9 * lost[1]
+    assert 0 < lost[0] < 0.8 * lost[1]
     recipe.write_text(without.replace(f"text: {text}", f"text: {judged}"))
     leak = joulesmith(*words, tmp_path / "d")
     assert leak.returncode == 0, leak.stderr

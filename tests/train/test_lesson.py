@@ -21,7 +21,6 @@ from joulesmith.train.data_settings import DataSettings
 from joulesmith.train.distil import Distil
 from joulesmith.train.lesson import Limits, affordable, chosen, counted, trial
 from joulesmith.train.lesson_settings import LessonSettings
-from joulesmith.train.parallel import ParallelSettings
 from joulesmith.train.recover_settings import DistilSettings
 from joulesmith.train.settings import TrainSettings
 from small_modules import language
@@ -179,9 +178,14 @@ def test_attention_is_matched_within_a_time(tmp_path: Path) -> None:
 def test_a_batch_that_ranks_cannot_share_is_told_before_a_trial(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def timed(*_: Any) -> Any:
+        raise AssertionError("steps were timed")
+
     monkeypatch.setattr(loop, "world", lambda: 3)
+    monkeypatch.setattr(lesson, "counted", timed)
+    student: Any = SimpleNamespace(module=language("llama"), tokenizer=SimpleNamespace(eos=None))
     with pytest.raises(JoulesmithError, match="a batch of 4 windows on 3 ranks"):
-        loop.check_batch(TrainSettings(steps=1, batch=4), ParallelSettings())
+        lesson.teach(student, WINDOWS, WINDOWS[:4], settings(), limits=Limits(seconds=9.0))
 
 
 def test_native_precision() -> None:

@@ -384,8 +384,7 @@ def recover(
     lesson, limits = _lesson(
         steps, epochs, time_, budget, next_percent, every, batch, micro, optimizer,
         _rate(rate, optimizer, share), schedule, precision, recompute, seed, None, repeats,
-        select, distil, how, cache, data, tensor, start_length, compiled,
-        device,
+        select, distil, how, cache, data, tensor, start_length, compiled, device,
     )  # fmt: skip
     _run(
         "recover", model, out, lesson, limits, json_,
@@ -432,10 +431,10 @@ def _lesson(
     )
     plain: dict[str, Any] = {
         "train": {
-            "steps": 1 if steps is None else steps, "batch": batch, "micro": min(micro, batch),
+            "steps": steps or 1, "batch": batch, "micro": min(micro, batch),
             "optimizer": optimizer, "rate": rate, "schedule": schedule,
             "precision": precision or native_precision(device), "recompute": recompute,
-            "every": 0 if every is None else every, "seed": seed, "budget_joules": joules,
+            "every": every or 0, "seed": seed, "budget_joules": joules,
             "start_length": start_length,
             "joules_per_percent": None if next_percent is None
             else parse_joules(next_percent, "--next-percent"),

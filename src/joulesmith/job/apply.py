@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,8 +89,8 @@ def apply(
         with show.stage(step.name) as tick:
             keep = workspace.work / f"{step.name}-{place}"
             if isinstance(step, Lesson):
-                apart = inputs.search, inputs.final
-                record = step.apply(model, inputs.calibration, tick, keep, apart)
+                judged = np.concatenate([inputs.search, inputs.final])
+                record = step.apply(model, inputs.calibration, tick, keep, judged)
             elif isinstance(step, Resumable):
                 record = step.apply(model, inputs.calibration, tick, keep)
             else:

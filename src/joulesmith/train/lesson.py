@@ -7,8 +7,7 @@ Knows models and windows; not where a text is from, nor what becomes of the mode
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,8 +39,6 @@ from joulesmith.train.teacher import cache_top
 if TYPE_CHECKING:
     from joulesmith.models import Model
 
-Cost = Callable[[str], AbstractContextManager[object]]
-"""Told what for; counts what runs inside."""
 TRIAL_STEPS = 3
 """Steps that are timed where a time or joules are given in the place of steps."""
 
@@ -80,6 +77,7 @@ class Limits:
         return self.epochs is None and (self.seconds is not None or self.joules is not None)
 
 
+@fits()
 def teach(
     student: Model,
     windows: NDArray[np.int32],
@@ -94,7 +92,7 @@ def teach(
     points: Path | None = None,
     packed: Packed | None = None,
     show: Progress | None = None,
-    beside: Cost = lambda _: nullcontext(),
+    beside: loop.Cost = lambda _: nullcontext(),
 ) -> Taught:
     """Train ``student.module`` in place.
 
@@ -107,18 +105,7 @@ def teach(
     Raises `JoulesmithError` for tokenizers that differ, a budget of joules where they are unknown,
     and as `recover`, `loop.train` and `cache_top` do.
     """
-    with fits():
-        return _teach(
-            student, windows, held, s, teacher, limits or Limits(), known, folder, meter, points,
-            packed, show or Progress({}), beside,
-        )  # fmt: skip
-
-
-def _teach(
-    student: Model, windows: NDArray[np.int32], held: NDArray[np.int32], s: LessonSettings,
-    teacher: Model | None, limits: Limits, known: NDArray[np.int32] | None, folder: Path | None,
-    meter: Any, points: Path | None, packed: Packed | None, show: Progress, beside: Cost,
-) -> Taught:  # fmt: skip
+    show, limits = show or Progress({}), limits or Limits()
     module = student.module
     vocab = None
     if teacher is not None:

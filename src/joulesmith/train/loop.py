@@ -42,7 +42,7 @@ from joulesmith.train.passes import gradients, leaves_out, length_of
 from joulesmith.train.scaling import Probe, Scaling
 from joulesmith.train.settings import TrainSettings
 
-__all__ = ["Hook", "Judge", "Objective", "Scaling", "Trained", "train"]
+__all__ = ["Cost", "Hook", "Judge", "Objective", "Scaling", "Trained", "train"]
 
 PROBE = "ranks against one"
 UNKNOWN_SECONDS = 30.0
@@ -50,6 +50,8 @@ UNKNOWN_SECONDS = 30.0
 
 Judge = Callable[[nn.Module], float]
 """Held-out loss of the module, nats a token."""
+Cost = Callable[[str], AbstractContextManager[object]]
+"""Told what for; counts what runs inside, as `Beside.of`."""
 
 
 class Objective(Protocol):
@@ -137,7 +139,7 @@ def train(
     progress: Tick = silent,
     tell: Callable[[str], None] | None = None,
     parallel: ParallelSettings | None = None,
-    beside: Callable[[str], AbstractContextManager[object]] = lambda _: nullcontext(),
+    beside: Cost = lambda _: nullcontext(),
 ) -> Trained:
     """Train what in ``module`` requires gradients, in place.
 

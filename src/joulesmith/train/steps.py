@@ -4,7 +4,7 @@ steps before took."""
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -49,7 +49,7 @@ class Lesson(Resumable):
         calibration: NDArray[np.int32],
         progress: Tick = silent,
         keep: Path | None = None,
-        judged: Sequence[NDArray[np.int32]] = (),
+        judged: NDArray[np.int32] | None = None,
     ) -> StepRecord:
         """Train in place; one window in eight judges. judged: windows that the recipe's outcome is
         judged on: those of the text that have them are left out. Raises `JoulesmithError` as
@@ -63,8 +63,8 @@ class Lesson(Resumable):
         teacher = None if ref is None else models.load(ref)
         windows = calibration if self.text is None else self._read(model)
         count = len(windows)
-        for some in judged:
-            windows = windows[data.overlap(windows, some) == 0]
+        if judged is not None:
+            windows = windows[data.overlap(windows, judged) == 0]
         apart = count - len(windows)
         if len(windows) < 9:
             less = f", without {apart} that are judged on," if apart else ""
