@@ -53,10 +53,10 @@ def gather(
     """Read the texts, or load the windows of an interrupted run.
 
     text_ref: trained on; None for what ``model`` writes itself. samples: windows that it writes
-    beside the text; without one `SAMPLES`, unless told. evaluation:
-    judged on; None for a part of the text that is trained on, or without one the English that
-    Python ships. length: tokens of a window. most: windows to train on. Raises `JoulesmithError`
-    for text that is missing, empty or too short.
+    beside the text; without one `SAMPLES`, unless told. evaluation: judged on; None for a part of
+    the text that is trained on, or without one the English that Python ships. length: tokens of a
+    window. most: windows to train on. Raises `JoulesmithError` for text that is missing, empty or
+    too short.
     """
     from joulesmith import text
 
@@ -78,8 +78,8 @@ def gather(
                 f"too little text: {read.source}: {count} windows of {length} tokens, "
                 f"{2 * LEAST} of which judge: give a longer text, or shorter windows (--length)"
             )
-        mine_of = count - 2 * each if most is None else min(most, count - 2 * each)
-        parts = {"held": each, "final": each, "train": mine_of}
+        left = count - 2 * each
+        parts = {"held": each, "final": each, "train": left if most is None else min(most, left)}
         rest = text.windows(model, read, length, parts, seed)
         mine, source = rest["train"].tokens, read.source
     else:
