@@ -7,9 +7,10 @@ came about, nor what the work is. What travels is JSON in tensors of bytes: no p
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from joulesmith.errors import JoulesmithError
@@ -17,6 +18,7 @@ from joulesmith.errors import JoulesmithError
 T = TypeVar("T")
 R = TypeVar("R")
 _alone = False
+_broken = False
 
 
 def rank() -> int:
@@ -40,6 +42,38 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _alone = before
+
+
+def broke() -> None:
+    """The group of this process ended before its work: see `leaving`."""
+    global _broken
+    _broken = True
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Around a program. Where its group broke, the process ends as soon as the program does.
+
+    Python's own end waits for collectives under way, which the others, waiting for this process,
+    never join; and gloo's threads, meeting an interpreter that shuts down, abort the process
+    (pytorch/pytorch#179291). What was printed is printed, and the exit code is the same.
+    """
+    try:
+        yield
+    except BaseException as e:
+        if not _broken:
+            raise
+        code = 1
+        if not isinstance(e, SystemExit):
+            sys.excepthook(type(e), e, e.__traceback__)
+        elif isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+        else:
+            code = int(e.code or 0)
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        os._exit(code)
 
 
 def wait() -> None:

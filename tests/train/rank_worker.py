@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from joulesmith.errors import JoulesmithError
-from joulesmith.ranks import shared
+from joulesmith.ranks import leaving, shared
 from joulesmith.train import losses
 from joulesmith.train.loop import train
 from joulesmith.train.outputs import run
@@ -101,7 +101,17 @@ def trained(task: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def fail_amid_a_sum() -> None:
+    """The second rank fails while a sum is under way that the first, waiting for it, never joins."""
+    if torch.distributed.get_rank() == 0:
+        torch.distributed.recv(torch.ones(2), src=1, tag=7)
+    under_way = torch.distributed.all_reduce(torch.ones(2), async_op=True)
+    raise JoulesmithError(f"that is enough{'' if under_way else ': nothing is under way'}")
+
+
 def done(task: dict[str, Any]) -> dict[str, Any]:
+    if task.get("do") == "fail":
+        fail_amid_a_sum()
     if task.get("do") != "shared":
         return trained(task)
     found: dict[str, Any] = {
@@ -116,9 +126,14 @@ def done(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    with leaving():
+        _main()
+
+
+def _main() -> None:
     torch.set_num_threads(1)
     try:
-        with ranks("cpu", timeout=60) as me:
+        with ranks("cpu", timeout=120) as me:
             for task in json.loads(sys.argv[1]):
                 try:
                     found = done(task)

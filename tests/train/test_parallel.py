@@ -67,12 +67,12 @@ class Group:
                 )
             )
 
-    def end(self) -> list[tuple[list[Any], str, int]]:
+    def end(self, within: float = 240) -> list[tuple[list[Any], str, int]]:
         """What each found, what it said, and its exit code."""
         found = []
         for p in self.processes:
             try:
-                out, said = p.communicate(timeout=240)
+                out, said = p.communicate(timeout=within)
             finally:
                 for other in self.processes if p.returncode is None else ():
                     other.kill()
@@ -196,6 +196,13 @@ def test_a_killed_rank_is_one_line(cut: Cut) -> None:
     assert "\n" not in line, line
     assert line.startswith("joulesmith: rank 1 (process ")
     assert f"the same command goes on from {cut.folder / 'step-000000002'}" in line
+
+
+def test_a_rank_that_fails_amid_a_sum_leaves() -> None:
+    """Else it waits for the others, who wait for it, until collectives time out after 120 s."""
+    waits, fails = Group([{"do": "fail", "ends": 0}], 2).end(within=90)
+    assert fails == ([], "joulesmith: that is enough\n", 2)
+    assert waits == ([], "", 2)
 
 
 def test_another_number_of_ranks_goes_on(one: list[Any], cut: Cut, both: list[list[Any]]) -> None:

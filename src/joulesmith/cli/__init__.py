@@ -11,6 +11,7 @@ import typer
 from joulesmith._version import __version__
 from joulesmith.cli.common import app, parse_duration, parse_keep, parse_workload
 from joulesmith.errors import JoulesmithError
+from joulesmith.ranks import leaving
 
 # isort: off
 # In the order in which --help lists the commands.
@@ -38,6 +39,11 @@ def _root(
 
 def main() -> None:
     """Entry point: errors that a user can act on become one line and an exit code."""
+    with leaving():
+        _run()
+
+
+def _run() -> None:
     try:
         app()
     except JoulesmithError as e:

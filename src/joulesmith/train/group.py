@@ -27,7 +27,7 @@ from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
 from joulesmith.errors import JoulesmithError
-from joulesmith.ranks import gathered
+from joulesmith.ranks import broke, gathered
 
 TIMEOUT = 7200.0
 """Seconds that ranks wait for one that is alive and does not come: the first may be reading or
@@ -73,6 +73,8 @@ def ranks(device: str | torch.device = "auto", timeout: float = TIMEOUT) -> Iter
     device: "cpu", or "cuda" for a GPU of each rank's own; "auto": GPUs where there are any.
     Collectives go over gloo on processors and NCCL on GPUs. Processor cores are shared out among
     the ranks of a machine as threads. timeout: see `TIMEOUT`, seconds.
+
+    A program around it is best inside `joulesmith.ranks.leaving`, so that a rank that fails leaves.
 
     Raises `JoulesmithError` where a rank has no GPU of its own and where the others do not come;
     inside, for whatever ends the group, on one rank, and `SystemExit` (2) on the others.
@@ -169,6 +171,7 @@ class _Group:
             self._leave()
         except BaseException as e:
             self._over.set()
+            broke()
             found = self._ended(e)
             # No words with those that are gone; work that is under way cannot be waited for.
             with suppress(Exception):
