@@ -42,6 +42,22 @@ def test_what_an_earlier_run_did_took_no_time_of_this_one() -> None:
     assert p.left("c", 0.0) == pytest.approx(10)
 
 
+def test_a_stage_much_longer_than_expected_is_seen_early() -> None:
+    clock = Clock()
+    p = Progress({"a": 10, "train": 10, "c": 1}, io.StringIO(), clock=clock)
+    with p.stage("a"):
+        clock.now = 10
+    with p.stage("train") as tick:
+        found = []
+        for step in range(100):  # 1000 s instead of 10
+            tick(step / 1000)
+            found.append(p.left("train", step / 1000))
+            clock.now += 1
+    assert found[0] == pytest.approx(11)
+    assert all(f is not None and 800 < f < 1100 for f in found[50:])
+    assert found[5] is not None and found[5] > 400
+
+
 def test_a_stage_that_tells_only_its_end_counts_whole() -> None:
     clock = Clock()
     p = Progress({"a": 10, "b": 30}, io.StringIO(), clock=clock)

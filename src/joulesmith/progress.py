@@ -1,8 +1,8 @@
 """Progress of long work, with the time left. Knows nothing of what the work is.
 
 A terminal gets one live line; a pipe or a log gets a plain line now and then.
-The estimate starts from each stage's expected share and is rescaled by the time
-that the finished part really took.
+The estimate starts from each stage's expected share, is rescaled by the time that
+the finished part really took, and follows the pace of the stage that runs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import TextIO
 
 from joulesmith.units import duration
 
+_SETTLE = 5.0
+"""Seconds after which a stage's own pace counts as much as what was expected of it."""
 Tick = Callable[[float], None]
 """Called with the share of a stage that is done, 0 to 1."""
 
@@ -43,6 +45,7 @@ class Progress:
         self.clock = clock
         self.started = clock()
         self.done: dict[str, float] = {}
+        self._begun: dict[str, float] = {}
         self._first: dict[str, tuple[float, float]] = {}
         self._live = bool(getattr(self.stream, "isatty", lambda: False)())
         self._last = -1e9
@@ -60,23 +63,30 @@ class Progress:
 
     def left(self, name: str, share: float) -> float | None:
         """Seconds left over all stages, ``None`` while there is nothing to go by. What a stage had
-        behind it when it first told, as one that goes on after a kill, took no time of this run."""
+        behind it when it first told, as one that goes on after a kill, took no time of this run.
+        The rest of a stage goes by its own pace, the more the longer it has run."""
         known = {n: self._first.get(n, (0.0, 0.0)) for n in (*self.done, name)}
-        first = known[name][0]
-        elapsed = self.clock() - self.started - sum(waited for _, waited in known.values())
+        first, waited = known[name]
+        elapsed = self.clock() - self.started - sum(w for _, w in known.values())
         before = sum(self.expected.get(n, 0.0) * (1 - known[n][0]) for n in self.done)
         now = self.expected.get(name, 0.0)
         progressed = before + now * (share - first)
         if progressed <= 0 or elapsed < 1.0:
             return None
-        todo = sum(c for n, c in self.expected.items() if n not in self.done) - now * share
-        return max(0.0, todo) * elapsed / progressed
+        others = sum(c for n, c in self.expected.items() if n not in self.done and n != name)
+        pace = elapsed / progressed
+        here = now * (1 - share) * pace
+        if share > first and name in self._begun:
+            spent = self.clock() - self._begun[name] - waited
+            trust = spent / (spent + _SETTLE)
+            here += trust * (spent * (1 - share) / (share - first) - here)
+        return others * pace + here
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Tick]:
         """Run one stage; yields the tick. Stages may be nested only by the caller's own ticks."""
         self.expected.setdefault(name, 0.0)
-        begun = self.clock()
+        begun = self._begun[name] = self.clock()
         self._show(name, 0.0, force=not self._live)
 
         def tick(share: float) -> None:
