@@ -164,11 +164,11 @@ def test_what_a_teacher_said(tmp_path: Path, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("mode", ["full", "norms", "lora", "quantized"])
+@pytest.mark.parametrize("mode", ["full", "norms", "lora", "INT4-G16", "NF4-G16", "FP6-E2M3-MX"])
 def test_recovery(tmp_path: Path, device: str, mode: str) -> None:
-    how = RecoverSettings.model_validate(
-        {"mode": mode, **({"types": "INT4-G16"} if mode == "quantized" else {})}
-    )
+    named = mode in ("full", "norms", "lora")
+    given_mode = {"mode": mode} if named else {"mode": "quantized", "types": mode}
+    how = RecoverSettings.model_validate(given_mode)
     given: dict[str, Any] = {"teacher": llama(device, 5).requires_grad_(False)}
     found = recover(
         llama(device), WINDOWS, settings(steps=4), how, folder=tmp_path, save_seconds=0.0, **given

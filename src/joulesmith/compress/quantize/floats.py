@@ -40,6 +40,7 @@ from joulesmith.compress.quantize.grids import (
     Grid,
     Lattice,
     importance_of,
+    pick,
     rows_of,
 )
 from joulesmith.compress.quantize.integers import pack_codes, unpack_codes
@@ -83,10 +84,10 @@ class _Own(_Scales):
     width = 2
 
     def encode(self, step: Tensor, head: Tensor) -> Tensor:
-        return step.clamp(min=0).bfloat16().contiguous()[..., None].view(torch.uint8)
+        return step.clamp(min=0).bfloat16().contiguous().unsqueeze(-1).view(torch.uint8)
 
     def decode(self, raw: Tensor, head: Tensor) -> Tensor:
-        return raw.contiguous().view(torch.bfloat16)[..., 0].float()
+        return raw.contiguous().view(torch.bfloat16).squeeze(-1).float()
 
 
 class _Half(_Scales):
@@ -95,10 +96,10 @@ class _Half(_Scales):
     width = 2
 
     def encode(self, step: Tensor, head: Tensor) -> Tensor:
-        return scales.half(step.clamp(min=0)).half().contiguous()[..., None].view(torch.uint8)
+        return scales.half(step.clamp(min=0)).half().contiguous().unsqueeze(-1).view(torch.uint8)
 
     def decode(self, raw: Tensor, head: Tensor) -> Tensor:
-        return raw.contiguous().view(torch.float16)[..., 0].float()
+        return raw.contiguous().view(torch.float16).squeeze(-1).float()
 
 
 class _Power(_Scales):
@@ -106,11 +107,11 @@ class _Power(_Scales):
 
     def encode(self, step: Tensor, head: Tensor) -> Tensor:
         exponent = torch.log2(step.clamp(min=2.0**-126)).round().clamp(-126, 126)
-        return (exponent + 127).to(torch.uint8)[..., None]
+        return (exponent + 127).to(torch.uint8).unsqueeze(-1)
 
     def decode(self, raw: Tensor, head: Tensor) -> Tensor:
-        byte = raw[..., 0].to(torch.int32)
-        step = torch.ldexp(torch.ones(byte.shape), byte - 127)
+        byte = raw.squeeze(-1).to(torch.int32)
+        step = torch.ldexp(torch.ones_like(byte, dtype=torch.float32), byte - 127)
         return torch.where(byte == 255, torch.full_like(step, torch.nan), step)
 
 
@@ -135,7 +136,7 @@ class _Nested(_Scales):
         return _e4m3(scales.safe_ratio(step.clamp(min=0), head[..., :1].expand_as(step)))
 
     def decode(self, raw: Tensor, head: Tensor) -> Tensor:
-        return raw.contiguous().view(torch.float8_e4m3fn)[..., 0].float() * head
+        return raw.contiguous().view(torch.float8_e4m3fn).squeeze(-1).float() * head
 
 
 class _Centred(_Scales):
@@ -147,13 +148,13 @@ class _Centred(_Scales):
         return _e4m3(scales.safe_ratio(step - head[..., :1], head[..., 1:].expand_as(step)))
 
     def decode(self, raw: Tensor, head: Tensor) -> Tensor:
-        small = raw.contiguous().view(torch.float8_e4m3fn)[..., 0].float()
+        small = raw.contiguous().view(torch.float8_e4m3fn).squeeze(-1).float()
         return (head[..., :1] + head[..., 1:] * small).clamp(min=0)
 
 
 def _e4m3(x: Tensor) -> Tensor:
     """The nearest E4M3 of each x, as (..., 1) uint8; negative zero becomes zero."""
-    small = x.clamp(-448.0, 448.0).contiguous()[..., None].to(torch.float8_e4m3fn)
+    small = x.clamp(-448.0, 448.0).contiguous().unsqueeze(-1).to(torch.float8_e4m3fn)
     raw = small.view(torch.uint8)
     return torch.where(raw == 128, torch.zeros_like(raw), raw)
 
@@ -234,7 +235,7 @@ class FloatGrid(Grid):
             return super().nearest_code(u)
         top = self.levels[-1]
         pattern = u.clamp(-top, top).to(self.element.dtype).contiguous().view(torch.uint8)
-        return torch.from_numpy(self._code_of.astype(np.uint8))[pattern.long()]
+        return pick(torch.from_numpy(self._code_of.astype(np.uint8)), pattern.int())
 
     # -- scales ---------------------------------------------------------------
 

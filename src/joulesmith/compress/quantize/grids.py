@@ -166,6 +166,11 @@ class BF16(Cast):
     dtype = torch.bfloat16
 
 
+def pick(table: Tensor, index: Tensor) -> Tensor:
+    """table (n,), on the processor -> its entry for each index, of any shape and on its device."""
+    return table.to(index.device).index_select(0, index.reshape(-1)).view(index.shape)
+
+
 class Grid(Format):
     """A block type: see the module's head."""
 
@@ -204,9 +209,8 @@ class Grid(Format):
         if self._uniform:
             return u.round().clamp_(self.levels[self.first], self.levels[self.last])
         if not self._whole:
-            code = self._above(u)
-            return self._levels.index_select(0, code.reshape(-1)).view(u.shape)
-        return self._level_table[self._cell(u)]
+            return pick(self._levels, self._above(u))
+        return pick(self._level_table, self._cell(u))
 
     def nearest_code(self, u: Tensor) -> Tensor:
         """Multiples of the step, any shape -> the nearest code, uint8."""
@@ -215,7 +219,7 @@ class Grid(Format):
             return u.round().clamp_(low, high).sub_(self.levels[0]).byte()
         if not self._whole:
             return self._above(u).byte()
-        return self._table[self._cell(u)]
+        return pick(self._table, self._cell(u))
 
     def _cell(self, u: Tensor) -> Tensor:
         return (2 * u).floor_().clamp_(self._low, self._high).sub_(self._low).long()
@@ -241,11 +245,9 @@ class Grid(Format):
     def _above(self, u: Tensor) -> Tensor:
         """How many borders lie below each u: its code, int64."""
         if not len(self._border):
-            return torch.bucketize(u, self._edges)
+            return torch.bucketize(u, self._edges.to(u.device))
         cell = (u * self._fine).floor_().clamp_(self._first, self._last).sub_(self._first).long()
-        flat = cell.reshape(-1)
-        border = self._border.index_select(0, flat).view(u.shape)
-        return self._base.index_select(0, flat).view(u.shape) + (u > border)
+        return pick(self._base, cell) + (u > pick(self._border, cell))
 
     def codes(self, w: Tensor, lattice: Lattice) -> Tensor:
         """w (rows, columns) -> nearest codes on the lattice, uint8 of the same shape."""
@@ -258,7 +260,9 @@ class Grid(Format):
 
     def values(self, codes: Tensor, lattice: Lattice) -> Tensor:
         """codes (rows, columns) uint8 -> float32 weights, rounded as llama.cpp rounds them."""
-        flat = codes.float().add_(self.levels[0]) if self._uniform else self._levels[codes.int()]
+        flat = (
+            codes.float().add_(self.levels[0]) if self._uniform else pick(self._levels, codes.int())
+        )
         level = flat.view(codes.shape[0], -1, self.group)
         out = level.mul_(lattice.step[:, :, None])
         if lattice.offset is not None:
