@@ -267,6 +267,15 @@ def test_on_policy_loss(pair: tuple[nn.Module, nn.Module], divergence: str) -> N
     assert float(found.detach()) == pytest.approx(2 * total / n, rel=1e-4)
 
 
+def test_after_sampling_in_bfloat16_every_weight_learns(pair: tuple[nn.Module, nn.Module]) -> None:
+    """Autocast must not hand the pass what it cast without a gradient (torch before 2.11 did)."""
+    student = language("llama", 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(student, pair[1], on_policy=1.0, prompt=4)
+    found.backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is not None and p.grad.any() for p in student.parameters())
+
+
 def test_a_student_with_more_logits_samples_what_the_teacher_reads(
     pair: tuple[nn.Module, nn.Module],
 ) -> None:

@@ -100,6 +100,11 @@ def test_a_trial_moves_nothing(mode: str) -> None:
     assert all(bool((before[n] == p).all()) for n, p in after.items())
 
 
+def test_a_trial_without_a_meter_has_its_own() -> None:
+    seconds, _ = trial(settings(), language("llama"), WINDOWS, Distil(HARD), None, None)
+    assert seconds > 0
+
+
 def choose(s: DataSettings, judged: Any = None, teacher: Any = None) -> tuple[list[int], int]:
     judged = WINDOWS[:0] if judged is None else judged
     at, repeats = chosen(
@@ -137,6 +142,7 @@ def test_settings_that_do_not_go_together() -> None:
         ({"cache": 8, "train": {"steps": 1, "start_length": 4}}, "whole windows"),
         ({"data": {"by": "loss"}}, "give a share"),
         ({"compiled": True, "distil": {"on_policy": 0.5}}, "one length"),
+        ({"train": {"steps": 9, "joules_per_percent": 1}}, "give points or every"),
     ):
         with pytest.raises(ValidationError, match=told):
             LessonSettings(**bad)
@@ -144,14 +150,18 @@ def test_settings_that_do_not_go_together() -> None:
         find("train")(lesson={"distil": {"soft": 1}})
     with pytest.raises(ValidationError, match="teacher"):
         find("distill")()
+    with pytest.raises(ValidationError, match="give epochs or"):
+        find("train")(lesson={"distil": {"hard": 2}})
 
 
 def test_a_step_of_the_text_says_how_it_trains() -> None:
     """And needs not say that no teacher does."""
     made: Any = find("train")(lesson={"train": {"steps": 7}})
     assert made.lesson.train.steps == 7 and made.lesson.distil == HARD
-    made = find("train")(lesson={"distil": {"hard": 2}})
+    made = find("train")(lesson={"distil": {"hard": 2}}, epochs=1)
     assert (made.lesson.distil.hard, made.lesson.distil.soft) == (2, 0)
+    made = find("train")(lesson={"train": {"rate": 1e-3}}, epochs=1)
+    assert made.lesson.train.rate == 1e-3
 
 
 def test_attention_is_matched_within_a_time(tmp_path: Path) -> None:

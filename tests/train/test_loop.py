@@ -189,6 +189,9 @@ def test_the_next_percent_is_too_dear() -> None:
     found = go(steps=50, meter=Meter(), judge=judge, every=1, rate=1e-9, joules_per_percent=1.0)
     assert "next percent of quality costs more than 1 J" in found.stopped
     assert found.steps < 50
+    for without in ({"judge": judge}, {"every": 1}):
+        with pytest.raises(JoulesmithError, match="every how many steps"):
+            go(steps=50, meter=Meter(), joules_per_percent=1.0, **without)
 
 
 def test_gradient_that_is_not_finite() -> None:
@@ -293,8 +296,9 @@ def test_short_windows_first() -> None:
 
     settings = TrainSettings(steps=10, batch=4, micro=4, start_length=3, short=0.5)
     module = small()
-    train(module, WINDOWS, noted, settings)
+    found = train(module, WINDOWS, noted, settings)
     assert [n * length for n, length in seen] == [48] * 10, "the same tokens"
+    assert found.tokens == sum(n * (length - 1) for n, length in seen), "that are predicted"
     lengths = [length for _, length in seen]
     assert lengths[0] == 3 and lengths == sorted(lengths) and lengths[5:] == [12] * 5
     with pytest.raises(JoulesmithError, match="divisor"):

@@ -58,7 +58,7 @@ NextPercent = Annotated[
 Every = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(
-        min=1, help="Steps between points of the energy-to-quality curve. Default: 12 points."
+        min=1, help="Steps between points of the energy-to-quality curve. Default: about 12 points."
     ),
 ]
 Batch = Annotated[int, typer.Option(help="Windows a step, over all ranks.")]

@@ -322,7 +322,7 @@ class _Run:
             recovered=None if before is None else recovered(before, after),
             steps=t.steps,
             stopped=t.stopped,
-            tokens=t.steps * taught.settings.batch * (task.length - 1),
+            tokens=t.tokens,
             joules=t.joules,
             low=t.low,
             high=t.high,

@@ -171,6 +171,9 @@ class Distil:
         config: Any = getattr(self.teacher, "config", None)
         known = self.vocab or getattr(config, "vocab_size", None)  # what the teacher can read
         rows, counted = continuations(module, tokens[:, :start], count, eos=self.eos, vocab=known)
+        # older autocasts keep weights cast without a gradient for the pass that wants one
+        # (pytorch/pytorch#158232)
+        torch.clear_autocast_cache()
         mine = run(module, rows[:, :-1]).logits[:, start - 1 :][counted]
         other = self._taught(rows[:, :-1]).logits[:, start - 1 :][counted]
         return self._divergence(mine, other, s.on_policy_divergence)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from joulesmith.compress.checkpoint import digest
+from joulesmith.energy.meter import EnergyMeter
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Progress
 from joulesmith.ranks import rank, shared, told, world
@@ -99,8 +100,8 @@ def teach(
     windows: int32 (n, length) to choose from; held: those of the energy-to-quality curve, never
     trained on. known: other windows that must not be repeated, such as those of the last
     judgement. folder: for checkpoints, teacher's predictions, scores and the number of steps; the
-    same call goes on there. meter: an `EnergyMeter`; without one the loop has its own. beside: what
-    is made ready for the training runs in its context, as `Beside.of`.
+    same call goes on there. meter: an `EnergyMeter`; one of its own without. beside: what is made
+    ready for the training runs in its context, as `Beside.of`.
 
     Raises `JoulesmithError` for tokenizers that differ, a budget of joules where they are unknown,
     and as `recover`, `loop.train` and `cache_top` do.
@@ -326,6 +327,9 @@ def trial(
     found: tuple[float, float | None] = (0.0, None)
     with ExitStack() as stack:
         used = stack.enter_context(rank_energy.meter_of_machine(meter))
+        if used is None:
+            used = stack.enter_context(EnergyMeter())
+            stack.callback(used.close)
         # An error leaves weights as they are, which putting the module together would round.
         stack.enter_context(suppress(_EnoughError))
         stack.enter_context(prepared(module, s.how, packed))

@@ -49,6 +49,8 @@ class LessonSettings(BaseModel):
                 "compiled blocks want windows of one length: neither on_policy nor "
                 "start_length goes with them"
             )
+        if self.train.joules_per_percent is not None and not (self.points or self.train.every):
+            raise ValueError("joules_per_percent goes by held-out losses: give points or every")
         if self.cache and not self.distil.soft:
             raise ValueError("a cache keeps a teacher's predictions: give soft a weight")
         return self

@@ -96,8 +96,9 @@ class Trained:
     """steps: done in all. stopped: why, in words. losses: of each step, those before a resume too,
     nats a token. curve: (joules or None, held-out loss) at each evaluation. joules and the interval
     of all steps and of all ranks, those before a resume included; None unknown. optimizer_bytes:
-    its state, on this rank. scaling: of several ranks against one, where it was looked at. aside:
-    joules of evaluations, as far as known."""
+    its state, on this rank. tokens: predicted in all steps, by all ranks; a window whose end is the
+    student's own counts whole. scaling: of several ranks against one, where it was looked at.
+    aside: joules of evaluations, as far as known."""
 
     steps: int
     stopped: str
@@ -109,6 +110,7 @@ class Trained:
     pedigree: str | None
     seconds: float
     optimizer_bytes: int
+    tokens: int = 0
     notes: tuple[str, ...] = ()
     scaling: Scaling | None = None
     aside: float = 0.0
@@ -161,6 +163,11 @@ def train(
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
         raise JoulesmithError("no windows to train on: give more text")
     check_batch(settings, how)
+    if settings.joules_per_percent is not None and (judge is None or not settings.every):
+        raise JoulesmithError(
+            "the next percent of quality is told by held-out losses: say every how many steps "
+            "one is taken"
+        )
     told = identity if hook is None else [identity, hook.identity]
     print_of = _identity(module, windows, settings, told)
     state, scaling = _State(), None
@@ -210,6 +217,7 @@ def train(
         pedigree=spent.pedigree,
         seconds=loop.seconds,
         optimizer_bytes=optimizers.state_bytes(optimizer),
+        tokens=int(loop.tokens or 0),
         notes=tuple(loop.notes),
         scaling=scaling,
         aside=spent.aside,

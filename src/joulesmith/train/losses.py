@@ -1,8 +1,9 @@
 """What a student is pulled towards: pure functions of tensors, each in nats or squares a token.
 
 Logits are (..., vocab); rows that do not count (padding, the last of a window) are the caller's
-to leave out. All are means over rows, computed in float32, or float64 where that is given. A token
-that the first of two distributions gives a probability of 0 (a logit of -inf) counts nothing.
+to leave out. Divergences are means over rows, computed in float32, or float64 where that is given.
+A token that the first of two distributions gives a probability of 0 (a logit of -inf) counts
+nothing.
 """
 
 from __future__ import annotations

@@ -39,6 +39,22 @@ class Lesson(Resumable):
     epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     lesson: LessonSettings = LessonSettings()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_epochs(cls, given: Any) -> Any:
+        """With ``epochs`` no steps need be given."""
+        lesson = given.get("lesson") if isinstance(given, dict) else None
+        train = lesson.get("train") if isinstance(lesson, dict) else None
+        if isinstance(train, dict) and given.get("epochs") is not None:
+            given = {**given, "lesson": {**lesson, "train": {"steps": 1, **train}}}
+        return given
+
+    @model_validator(mode="after")
+    def _ends(self) -> Lesson:
+        if self.epochs is None and "train" not in self.lesson.model_fields_set:
+            raise ValueError("say how long it trains: give epochs or lesson: {train: {steps: N}}")
+        return self
+
     def teacher_of(self, model: Model) -> str | None:
         """What to load as the teacher, None for none."""
         return None
