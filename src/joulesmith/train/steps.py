@@ -44,9 +44,10 @@ class Lesson(Resumable):
     def _by_epochs(cls, given: Any) -> Any:
         """With ``epochs`` no steps need be given."""
         lesson = given.get("lesson") if isinstance(given, dict) else None
-        train = lesson.get("train") if isinstance(lesson, dict) else None
-        if isinstance(train, dict) and given.get("epochs") is not None:
-            given = {**given, "lesson": {**lesson, "train": {"steps": 1, **train}}}
+        if isinstance(lesson, dict) and given.get("epochs") is not None:
+            train = lesson.get("train")
+            if isinstance(train, dict):
+                given = {**given, "lesson": {**lesson, "train": {"steps": 1, **train}}}
         return given
 
     @model_validator(mode="after")
