@@ -176,6 +176,25 @@ def test_self_samples_are_seeded_and_keep_the_cache_right(tiny):
     assert picked > random + 0.5
 
 
+def test_self_samples_go_on_after_the_batches_that_are_kept(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "_BATCHES", (2, 2))
+    whole = text.self_samples(tiny, 6, 8, seed=4)
+    keep, told = tmp_path / "kept.npz", []
+
+    def killed(share):
+        told.append(share)
+        if len(told) == 18:  # in the third batch
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        text.self_samples(tiny, 6, 8, seed=4, progress=killed, keep=keep)
+    again = []
+    found = text.self_samples(tiny, 6, 8, seed=4, progress=again.append, keep=keep)
+    assert len(again) == 7, "one batch of three"
+    np.testing.assert_array_equal(found.tokens, whole.tokens)
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.npz"]
+
+
 @pytest.mark.parametrize(
     ("layers", "heads", "width", "n", "expected"),
     [

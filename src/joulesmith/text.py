@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from joulesmith.atomic import atomic_path
 from joulesmith.errors import JoulesmithError, MissingExtraError
 from joulesmith.models import cache_word
 
@@ -174,6 +175,7 @@ def self_samples(
     length: int,
     seed: int = 0,
     progress: Callable[[float], None] | None = None,
+    keep: Path | None = None,
 ) -> Windows:
     """Text that the model itself writes: ancestral sampling at temperature 1.
 
@@ -181,8 +183,9 @@ def self_samples(
     with the next one. Batches of 32 to 128 sequences, by the size of their KV cache, in bfloat16
     where the processor has it natively; seeded, and the same on one machine with one torch version.
 
-    progress: called with the share done, 0 to 1. Raises `JoulesmithError` for a length
-    beyond the model's context.
+    progress: called with the share done, 0 to 1. keep: a file of what is written after each batch,
+    from which the same call goes on. Raises `JoulesmithError` for a length beyond the model's
+    context.
     """
     import torch
     from transformers import StaticCache
@@ -195,11 +198,18 @@ def self_samples(
     generator = torch.Generator().manual_seed(seed)
     out = torch.empty((n_windows, length), dtype=torch.int64)
     out[:, 0] = start_token(model)
+    begin = 0
+    if keep is not None and keep.exists():
+        with np.load(keep, allow_pickle=False) as z:
+            begin = len(z["rows"])
+            out[:begin] = torch.from_numpy(z["rows"])
+            generator.set_state(torch.from_numpy(z["generator"]))
+    device = next(model.module.parameters()).device
     weights = _sampling_weights(model.module)
     word = cache_word(model.module)
     with torch.inference_mode(), _threads(), _one_query_attention(model.module) as seen:
         batch = _side_by_side(model.module.config, n_windows, length)
-        for at in range(0, n_windows, batch):
+        for at in range(begin, n_windows, batch):
             rows = out[at : at + batch]
             # One allocation for all steps: a cache that grows by concatenation leaves
             # holes in memory, as large again as itself.
@@ -207,7 +217,7 @@ def self_samples(
             cache = StaticCache(config=model.module.config, max_cache_len=length)
             for i in range(1, length):
                 seen[0] = i
-                given = {"input_ids": rows[:, i - 1 : i], word: cache}
+                given = {"input_ids": rows[:, i - 1 : i].to(device), word: cache}
                 step = torch.func.functional_call(
                     model.module, weights, kwargs={**given, "use_cache": True}
                 )
@@ -215,6 +225,10 @@ def self_samples(
                 if progress is not None:
                     done = at * (length - 1) + i * rows.shape[0]
                     progress(done / (n_windows * (length - 1)))
+            if keep is not None:
+                with atomic_path(keep) as path, path.open("wb") as f:
+                    done_rows = out[: at + rows.shape[0]].numpy()
+                    np.savez(f, rows=done_rows, generator=generator.get_state().numpy())
     tokens = out.numpy().astype(np.int32)
     digest = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
     return Windows(tokens, f"{model.name}'s own samples (temperature 1, seed {seed})", digest)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from joulesmith.energy import EnergyMeter, Reading
 from joulesmith.energy import meter as meter_module
 from joulesmith.energy.cpu_power import CpuPower
+from joulesmith.energy.cpu_time import ProcessTree
 from joulesmith.energy.parts import Snapshot, add_up, measured
 from joulesmith.energy.reading import Part
 from joulesmith.energy.source import Count, Device
@@ -79,6 +80,19 @@ def test_others_are_left_out(tmp_path: Path, now: list[float]) -> None:
     assert r.marginal == pytest.approx(10 * 40 * 0.75**0.6 / 3)
     assert r.joules == pytest.approx((r.marginal or 0) + 10 * 12 * 0.5)
     assert any("50% of the CPU time" in n for n in r.notes)
+
+
+def test_right_after_other_processes_are_watched_others_are_no_guess(
+    tmp_path: Path, now: list[float]
+) -> None:
+    m = modelled(tmp_path)
+    with m.window("before"):
+        now[:] = [10.0, 10.0, 10.0]
+    m.watch(ProcessTree())
+    now[1] = 0.0  # what these have taken so far
+    with m.window("w") as w:
+        now[:] = [10.5, 0.5, 10.5]
+    assert w.reading.marginal and not any("other processes" in n for n in w.reading.notes)
 
 
 def test_nested_and_overlapping_windows(tmp_path: Path, now: list[float]) -> None:

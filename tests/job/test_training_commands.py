@@ -95,6 +95,23 @@ def test_distilled(tiny: Path, text: Path, tmp_path: Path, joulesmith: Run, cach
     assert found["gco2e"] == pytest.approx(emission(whole, "WORLD"))
 
 
+def test_a_student_is_cut_out_of_its_teacher_once(
+    tiny: Path, text: Path, tmp_path: Path, joulesmith: Run
+) -> None:
+    """What goes on after a kill reads it, and so would another number of ranks."""
+    out = tmp_path / "out"
+    words = ("distill", tiny, "--shrink", "layers=1", "--text", text, *SHORT, "--steps", "60")
+    words = (*words, "--every", "10", "--out", out)
+    killed = joulesmith(*words, until="step 10:")
+    assert killed.returncode == -9
+    done = joulesmith(*words)
+    assert done.returncode == 0, done.stderr
+    assert "shrink:" in killed.stderr and "shrink:" not in done.stderr
+    found = json.loads((out / "training.json").read_text())
+    assert found["parameters"] < found["teacher_parameters"] and found["model"] == "tiny"
+    assert any("layers" in n for n in found["notes"])
+
+
 def test_the_teacher_writes_text(tiny: Path, text: Path, tmp_path: Path, joulesmith: Run) -> None:
     words = (
         "recover",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from joulesmith.errors import JoulesmithError
 from joulesmith.ranks import leaving, shared
-from joulesmith.train import losses
+from joulesmith.train import group, losses
 from joulesmith.train.loop import train
 from joulesmith.train.outputs import run
 from joulesmith.train.parallel import ParallelSettings, ranks, whole
@@ -82,6 +82,8 @@ def trained(task: dict[str, Any]) -> dict[str, Any]:
     rank = int(os.environ.get("RANK", 0))
     ends = rank == task.get("ends", -1)
     folder = task.get("folder")
+    if task.get("own"):
+        folder = f"{folder}/{rank}"
     found = train(
         module, WINDOWS, objective,
         TrainSettings(**{"steps": 6, "batch": 8, "micro": 2, "rate": 1e-2, **task.get("settings", {})}),
@@ -101,17 +103,25 @@ def trained(task: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def fail_amid_a_sum() -> None:
-    """The second rank fails while a sum is under way that the first, waiting for it, never joins."""
+def fail_amid_a_sum(told: bool = False) -> None:
+    """told: by SIGTERM, when its last words are all that is left. The second rank fails while a sum is under way that the first, waiting for it, never joins."""
     if torch.distributed.get_rank() == 0:
         torch.distributed.recv(torch.ones(2), src=1, tag=7)
+    if told:
+        real = group._Group._ended
+
+        def ended(self: Any, e: BaseException) -> BaseException:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return real(self, e)
+
+        group._Group._ended = ended  # type: ignore[method-assign]
     under_way = torch.distributed.all_reduce(torch.ones(2), async_op=True)
     raise JoulesmithError(f"that is enough{'' if under_way else ': nothing is under way'}")
 
 
 def done(task: dict[str, Any]) -> dict[str, Any]:
     if task.get("do") == "fail":
-        fail_amid_a_sum()
+        fail_amid_a_sum(task.get("told", False))
     if task.get("do") != "shared":
         return trained(task)
     found: dict[str, Any] = {

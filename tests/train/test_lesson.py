@@ -16,7 +16,7 @@ from joulesmith.compress.step import find
 from joulesmith.energy.reading import Reading
 from joulesmith.errors import JoulesmithError
 from joulesmith.progress import Progress
-from joulesmith.train import lesson, loop
+from joulesmith.train import lesson
 from joulesmith.train.data_settings import DataSettings
 from joulesmith.train.distil import Distil
 from joulesmith.train.lesson import Limits, affordable, chosen, counted, trial
@@ -154,6 +154,33 @@ def test_settings_that_do_not_go_together() -> None:
         find("train")(lesson={"distil": {"hard": 2}})
 
 
+def test_what_several_ranks_cannot_do() -> None:
+    split, shards = {"tensor": 2}, {"data": "shard"}
+    train = {"steps": 1, "batch": 8}
+    for bad, told in (
+        ({"parallel": {"tensor": 3}}, "4 ranks cannot be split by tensor 3"),
+        ({"train": {"steps": 1, "batch": 6}}, "a batch of 6 windows on 4 ranks"),
+        ({"parallel": shards, "sparse": {"method": "static", "sparsity": 0.5}}, "sparse training"),
+        ({"parallel": split, "train": {**train, "optimizer": "adafactor"}}, "adafactor"),
+        ({"parallel": shards, "compiled": True}, 'blocks does not go with data "shard"'),
+        ({"parallel": split, "distil": {"attention": 1}}, "attention does not go with tensor 2"),
+        ({"parallel": split, "how": {"mode": "lora"}}, "mode lora does not go with tensor 2"),
+        ({"parallel": {**split, **shards}, "train": {**train, "optimizer": "muon"}}, "and shards"),
+    ):
+        made = LessonSettings.model_validate({"train": train, **bad})
+        with pytest.raises(JoulesmithError, match=told):
+            made.check_ranks(4)
+        if "parallel" not in bad or bad["parallel"] == shards:
+            made.check_ranks(1)
+    for good in (
+        {"parallel": split},
+        {"parallel": shards, "distil": {"attention": 1}},
+        {"parallel": {"tensor": 4, "data": "shard"}, "train": {**train, "optimizer": "muon"}},
+        {"sparse": {"method": "static", "sparsity": 0.5}},
+    ):
+        LessonSettings.model_validate({"train": train, **good}).check_ranks(4)
+
+
 def test_a_step_of_the_text_says_how_it_trains() -> None:
     """And needs not say that no teacher does."""
     made: Any = find("train")(lesson={"train": {"steps": 7}})
@@ -191,7 +218,7 @@ def test_a_batch_that_ranks_cannot_share_is_told_before_a_trial(
     def timed(*_: Any) -> Any:
         raise AssertionError("steps were timed")
 
-    monkeypatch.setattr(loop, "world", lambda: 3)
+    monkeypatch.setattr(lesson, "world", lambda: 3)
     monkeypatch.setattr(lesson, "counted", timed)
     student: Any = SimpleNamespace(module=language("llama"), tokenizer=SimpleNamespace(eos=None))
     with pytest.raises(JoulesmithError, match="a batch of 4 windows on 3 ranks"):

@@ -231,6 +231,26 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert [p.name for p in tmp_path.iterdir()] == ["step-000000004"]
 
 
+@pytest.mark.parametrize("what", [KeyboardInterrupt, Killed])
+def test_ctrl_c_amid_a_checkpoint_is_no_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: type[BaseException]
+) -> None:
+    go(folder=tmp_path, steps=4)
+
+    def pressed(*_: Any) -> Any:
+        raise what
+
+    monkeypatch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", pressed)
+    module = small()
+    with pytest.raises(what):
+        checkpoint.save(tmp_path, 5, module, torch.optim.AdamW(module.parameters()), {})
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000004"]
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint.HuggingFaceStorageReader, "read_data", pressed)
+    with pytest.raises(what):
+        go(folder=tmp_path, steps=4)
+
+
 def test_weights_that_no_gradient_reaches(tmp_path: Path) -> None:
     class Idle(Small):
         def __init__(self) -> None:

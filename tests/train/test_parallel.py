@@ -12,10 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from rank_worker import done, model
@@ -26,7 +28,7 @@ from joulesmith.errors import JoulesmithError
 from joulesmith.ranks import shared
 from joulesmith.train import parallel
 from joulesmith.train.distil import Distil
-from joulesmith.train.group import ranks
+from joulesmith.train.group import ended, ranks
 from joulesmith.train.parallel import ParallelSettings, Spread
 from joulesmith.train.recover_settings import DistilSettings
 from joulesmith.train.scaling import Probe, Scaling, covered
@@ -198,6 +200,40 @@ def test_a_killed_rank_is_one_line(cut: Cut) -> None:
     assert f"the same command goes on from {cut.folder / 'step-000000002'}" in line
 
 
+def test_a_clock_that_is_set_ends_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """psutil counts births from the time that the machine started, which moves with the clock."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        process = psutil.Process(child.pid)
+        assert not ended(process)
+        if hasattr(psutil, "_pslinux"):
+            later, born = psutil.boot_time() + 3, psutil.Process(child.pid).create_time()
+            monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: later)
+            assert psutil.Process(child.pid).create_time() != born
+        assert not ended(process)
+        child.kill()
+        while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        assert ended(process), "not collected yet"
+    assert ended(process)
+
+
+def test_a_rank_that_is_told_to_end_amid_its_last_words_says_them() -> None:
+    """torchrun does so as soon as another has ended."""
+    _, fails = Group([{"do": "fail", "ends": 0, "told": True}], 2).end(within=90)
+    assert fails == ([], "joulesmith: that is enough\n", 2)
+
+
+def test_a_machine_without_the_folder_says_so(tmp_path: Path) -> None:
+    """Each rank has a folder of its own, the first one's with a checkpoint."""
+    done({"folder": str(tmp_path / "0"), "settings": {"steps": 2}})
+    task = {"folder": str(tmp_path), "own": True, "ends": 9, "parallel": WAYS["replicate"]}
+    task |= {"settings": {"steps": 2}}
+    first, second = Group([task], 2).end(within=90)
+    assert (first[1], first[2], second[2]) == ("", 2, 2)
+    assert "rank 1 does not see" in second[1] and "all machines see" in second[1]
+    assert (tmp_path / "0" / "step-000000002").is_dir()
+
+
 def test_a_rank_that_fails_amid_a_sum_leaves() -> None:
     """Else it waits for the others, who wait for it, until collectives time out after 120 s."""
     waits, fails = Group([{"do": "fail", "ends": 0}], 2).end(within=90)
@@ -219,15 +255,15 @@ def test_what_tensor_parallel_cannot_split() -> None:
     places = parallel._split_places(model(), 2)
     assert len(places) == 14
     with pytest.raises(JoulesmithError, match="num_key_value_heads 2 does not divide by tensor 4"):
-        parallel._split_places(model(), 4)
+        parallel.check_split(model(), 4)
     with pytest.raises(JoulesmithError, match="do not divide by tensor 5"):
-        parallel._split_places(model(), 5)
+        parallel.check_split(model(), 5)
     with pytest.raises(JoulesmithError, match="Sequential is not built like Llama"):
-        parallel._split_places(nn.Sequential(nn.Linear(4, 4)), 2)
+        parallel.check_split(nn.Sequential(nn.Linear(4, 4)), 2)
     normed: Any = model()
     normed.model.layers[0].self_attn.q_norm = nn.LayerNorm(8)
     with pytest.raises(JoulesmithError, match=r"self_attn\.q_norm would see a part of the heads"):
-        parallel._split_places(normed, 2)
+        parallel.check_split(normed, 2)
 
 
 def test_a_hook_that_looks_at_whole_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,6 +291,19 @@ def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(JoulesmithError, match="WORLD_SIZE=two is no number"), ranks("cpu"):
         pass
+
+
+def test_a_model_too_large_for_one_rank_is_a_note() -> None:
+    class Meter:
+        def window(self, name: str) -> Any:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    module = language("llama")
+    windows = np.zeros((8, 12), np.int32)
+    objective = Distil(DistilSettings(hard=1, soft=0))
+    probe = Probe(windows, objective, TrainSettings(steps=9, batch=4), 3, Meter())
+    probe.on_one(module)
+    assert probe.one is None and probe.note == "the model does not fit on one rank"
 
 
 def test_one_rank_against_itself_is_even() -> None:

@@ -154,6 +154,7 @@ class EnergyMeter:
         """Watches other processes from now on, between windows; returns those it watched."""
         with self._lock:
             before, self._tree = self._tree, tree
+            self._others = OthersLoad(self._model.cpus)  # what it knew is of other processes
         return before
 
     def window(self, name: str = "window") -> Window:

@@ -40,6 +40,7 @@ class Windows:
 
 def gather(
     model: Model,
+    device: Any,
     text_ref: str | None,
     evaluation: str | None,
     folder: Path,
@@ -52,6 +53,7 @@ def gather(
 ) -> Windows:
     """Read the texts, or load the windows of an interrupted run.
 
+    device: torch's, where the model writes, and is left.
     text_ref: trained on; None for what ``model`` writes itself. samples: windows that it writes
     beside the text; without one `SAMPLES`, unless told. evaluation: judged on; None for a part of
     the text that is trained on, or without one the English that Python ships. length: tokens of a
@@ -64,10 +66,13 @@ def gather(
     if path.exists():
         with np.load(path, allow_pickle=False) as z:
             return Windows(z["train"], z["held"], z["final"], *json.loads(str(z["words"])))
+    if text_ref is None or samples:
+        model.module.to(device)
+    drawing = (seed, progress, folder / "samples.npz")
     read = None if text_ref is None else text.read(text_ref)
     judged = read or text.english() if evaluation is None else text.read(evaluation)
     if read is None:
-        drawn = text.self_samples(model, samples or most or SAMPLES, length, seed, progress)
+        drawn = text.self_samples(model, samples or most or SAMPLES, length, *drawing)
         mine, source, samples = drawn.tokens, drawn.source, 0
         rest = _cut(model, judged, length, seed, {"held": CURVE, "final": FINAL})
     elif read.sha256 == judged.sha256:
@@ -94,7 +99,7 @@ def gather(
         source = read.source
         rest = _cut(model, judged, length, seed, {"held": CURVE, "final": FINAL})
     if samples:
-        drawn = text.self_samples(model, samples, length, seed, progress)
+        drawn = text.self_samples(model, samples, length, *drawing)
         mine = np.concatenate([mine, drawn.tokens])
         source = f"{source} and {samples} windows of {drawn.source}"
     found = Windows(mine, rest["held"].tokens, rest["final"].tokens, source, judged.source)

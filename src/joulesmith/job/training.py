@@ -8,17 +8,19 @@ What the three differ in is who teaches, where the student is from, and what is 
 from __future__ import annotations
 
 import io
+import json
 import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from joulesmith._version import __version__
+from joulesmith.atomic import atomic_folder
 from joulesmith.errors import JoulesmithError
 from joulesmith.export import forms
 from joulesmith.job import apply, lesson_text, student
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from joulesmith.train.beside import Beside
     from joulesmith.train.group import Ranks
     from joulesmith.train.lesson import Taught
+    from joulesmith.train.rank_energy import NoMeter
 
 __all__ = ["Task", "one_of_each", "places", "recovered", "run", "thinned"]
 
@@ -81,6 +84,11 @@ def _run(task: Task, me: Ranks, show: Progress) -> TrainingResult | None:
         if me.first:
             stack.enter_context(workspace)
         wait()
+        if not workspace.work.is_dir():
+            raise JoulesmithError(
+                f"rank {me.rank} does not see {beside}, which the first one made: give --out on a "
+                "file system that all machines see"
+            )
         result = _Run(task, me, workspace, whole, show).go()
     if me.first:
         shutil.rmtree(beside, ignore_errors=True)
@@ -114,12 +122,14 @@ class _Judge:
 
 def in_turn(make: Callable[[], T]) -> T:
     """The first rank, which writes files, and then the others, who read them."""
+    from joulesmith.train.group import meet
+
     if rank() == 0:
         with alone():
             found = make()
-        wait()
+        meet()
         return found
-    wait()
+    meet()
     with alone():
         return make()
 
@@ -137,12 +147,16 @@ class _Run:
         from joulesmith.energy.meter import EnergyMeter
         from joulesmith.train.beside import Beside
         from joulesmith.train.modes import fits
+        from joulesmith.train.rank_energy import NoMeter
 
-        with EnergyMeter() as meter, fits():
+        # one meter a machine: some cannot be read twice
+        with EnergyMeter() if not self.me.local_rank else nullcontext(NoMeter()) as meter, fits():
             return self._metered(meter, Beside(meter, self.workspace.work / "beside.json"))
 
-    def _metered(self, meter: EnergyMeter, beside: Beside) -> TrainingResult | None:
+    def _metered(self, meter: EnergyMeter | NoMeter, beside: Beside) -> TrainingResult | None:
+        from joulesmith.train.group import meet
         from joulesmith.train.lesson import teach
+        from joulesmith.train.parallel import check_split
 
         task, show, work, device = self.task, self.show, self.workspace.work, self.me.device
         with show.stage("load"):
@@ -156,18 +170,20 @@ class _Run:
                     "give fewer"
                 )
         self.notes += frozen_zeros(task, model)
+        if task.shrink is None:
+            check_split(model.module, task.lesson.parallel.tensor)
         learner = teacher if teacher is not None else model
         with beside.of("text"), show.stage("text") as tick:
             windows = in_turn(
                 lambda: lesson_text.gather(
-                    learner, task.text, task.evaluation, work,
+                    learner, device, task.text, task.evaluation, work,
                     length=task.length, most=task.most, samples=task.samples, seed=task.seed,
                     progress=tick,
                 )
             )  # fmt: skip
         if task.shrink is not None:
             with beside.of("shrinking"):
-                in_turn(lambda: self._shrink(model, windows))
+                model = in_turn(lambda: self._shrunk(model, windows))
         judge = _Judge(windows, work, str(device))
         before = None
         if self.me.first:
@@ -178,7 +194,7 @@ class _Run:
                     with show.stage("before") as tick:
                         found = self.workspace.once("before", lambda: judge(model, tick).to_dict())
                         before = Quality(**found)
-        wait()
+        meet()
         for m in (model, teacher):
             if m is not None:
                 m.module.to(device)
@@ -259,14 +275,26 @@ class _Run:
         made.origin = f"fresh weights, seed {task.seed}, with the tokenizer of {base.name}"
         return made
 
-    def _shrink(self, model: Model, windows: lesson_text.Windows) -> None:
-        task = self.task
+    def _shrunk(self, model: Model, windows: lesson_text.Windows) -> Model:
+        """Cut once: other ranks and a resumed run read what was written, to the bit."""
+        from joulesmith import models
+
+        task, work = self.task, self.workspace.work
         assert task.shrink is not None
-        step = shrink_step(shrink_parts(task.shrink), task.seed)
-        self.show.expected.setdefault("shrink", 100)
-        with self.show.stage("shrink") as tick:
-            record = step.apply(model, windows.train[:64], tick, self.workspace.work / "shrink")
-        self.notes += record.notes
+        folder, told = work / "shrunk" / self.out.stem, "notes.json"
+        if not folder.is_dir():
+            step = shrink_step(shrink_parts(task.shrink), task.seed)
+            self.show.expected.setdefault("shrink", 100)
+            with self.show.stage("shrink") as tick:
+                record = step.apply(model, windows.train[:64], tick, work / "shrink")
+            with atomic_folder(folder, needed=4 * model.parameters + (1 << 24)) as part:
+                models.write_weights(model.module, part)
+                models.write_tokenizer_of(model, part)
+                (part / told).write_text(json.dumps(record.notes))
+        self.notes += json.loads((folder / told).read_text())
+        found = models.load(folder)
+        found.name, found.origin = model.name, model.origin
+        return found
 
     def _result(
         self,

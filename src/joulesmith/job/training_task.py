@@ -14,6 +14,7 @@ from joulesmith.export import forms
 from joulesmith.job import student
 from joulesmith.job.compress import shrink_parts
 from joulesmith.job.quantize import check_out
+from joulesmith.ranks import world
 from joulesmith.report.training_result import Kind
 from joulesmith.train.lesson_settings import LessonSettings
 from joulesmith.workspace import file_identity
@@ -80,7 +81,6 @@ class Task:
 def check(task: Task, device: torch.device) -> None:
     """Refuse what cannot work, before any work is done. Raises `JoulesmithError`."""
     from joulesmith.energy import grid
-    from joulesmith.train.loop import check_batch
     from joulesmith.train.passes import length_of
 
     forms.ready(task.format)
@@ -109,7 +109,7 @@ def check(task: Task, device: torch.device) -> None:
         student.shape_of(task.shape)
     if task.shrink is not None and "joules" in shrink_parts(task.shrink):
         raise JoulesmithError("--shrink joules= is priced by  joulesmith compress: run that first")
-    check_batch(task.lesson.train, task.lesson.parallel)
+    task.lesson.check_ranks(world())
     length_of(task.lesson.train, 0, task.length)
     if task.kind == "train" and task.lesson.data.by == "learnable":
         raise JoulesmithError("what is learnable is told by a teacher: choose by loss or gradient")

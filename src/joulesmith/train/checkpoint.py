@@ -94,6 +94,7 @@ def save(
         raise
     except (Exception, CheckpointException) as e:  # torch wraps what the disk says
         shutil.rmtree(part, ignore_errors=True)
+        _not_to_be_kept(e)
         raise JoulesmithError(
             f"cannot write the checkpoint {final}: {_why(e)}: free some space; the one before it "
             "is kept, and the same command goes on from there"
@@ -166,6 +167,7 @@ def _read(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 no_dist=world() == 1,
             )
     except (Exception, CheckpointException) as e:
+        _not_to_be_kept(e)
         raise JoulesmithError(
             f"the checkpoint {path} is of another model or damaged: {_why(e)}: remove it to start "
             "anew"
@@ -192,6 +194,13 @@ def _second_names(module: nn.Module) -> set[str]:
     first = {n for n, _ in module.named_parameters()}
     every = {n for n, _ in module.named_parameters(remove_duplicate=False)}
     return {n.removeprefix("module.").replace("_orig_mod.", "") for n in every - first}
+
+
+def _not_to_be_kept(e: BaseException) -> None:
+    """torch gathers Ctrl-C and the like as failures too: raised as what it was."""
+    for failure, *_ in getattr(e, "failures", {}).values():
+        if not isinstance(failure, Exception):
+            raise failure
 
 
 def _why(e: BaseException) -> str:

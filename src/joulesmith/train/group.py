@@ -15,19 +15,20 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
 from joulesmith.errors import JoulesmithError
-from joulesmith.ranks import broke, gathered
+from joulesmith.ranks import broke, gathered, wait
 
 TIMEOUT = 7200.0
 """Seconds that ranks wait for one that is alive and does not come: the first may be reading or
@@ -74,7 +75,8 @@ def ranks(device: str | torch.device = "auto", timeout: float = TIMEOUT) -> Iter
     Collectives go over gloo on processors and NCCL on GPUs. Processor cores are shared out among
     the ranks of a machine as threads. timeout: see `TIMEOUT`, seconds.
 
-    A program around it is best inside `joulesmith.ranks.leaving`, so that a rank that fails leaves.
+    A program around it is best inside `joulesmith.ranks.leaving`, so that a rank that fails leaves;
+    after a failure SIGTERM, which torchrun then sends, is ignored.
 
     Raises `JoulesmithError` where a rank has no GPU of its own and where the others do not come;
     inside, for whatever ends the group, on one rank, and `SystemExit` (2) on the others.
@@ -110,10 +112,20 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def checkpointed(path: object) -> None:
-    """Where the run goes on from, for the line that is said when a rank is lost."""
+def goes_on_from(newest: Callable[[], object]) -> None:
+    """Tells how to find the checkpoint that the run goes on from, None for none, for the line that
+    is said when a rank is lost."""
     if _Group.current is not None:
-        _Group.current.kept = str(path)
+        _Group.current.newest = newest
+
+
+def meet() -> None:
+    """Waits for all ranks, however long one of them still works; collectives would end after
+    `TIMEOUT`. All call it."""
+    if _Group.current is None:
+        wait()
+    else:
+        _Group.current.meet()
 
 
 class _Group:
@@ -123,10 +135,11 @@ class _Group:
 
     def __init__(self, me: Ranks, timeout: float) -> None:
         self.me, self.timeout = me, timeout
-        self.kept: str | None = None
-        self.peers: dict[int, tuple[int, float]] = {}
+        self.newest: Callable[[], object] = lambda: None
+        self.peers: dict[int, psutil.Process] = {}
+        self._met = 0
         self._over = threading.Event()
-        self._key = f"joulesmith/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/told"
+        self._key = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         self.store: Any = None
         self._join()
 
@@ -149,8 +162,8 @@ class _Group:
             host = platform.node()
             for i, (name, pid) in enumerate(gathered([host, os.getpid()])):
                 if name == host and i != me.rank:
-                    self.peers[i] = pid, _born(pid)
-        except (RuntimeError, ValueError, OSError) as e:
+                    self.peers[i] = psutil.Process(pid)
+        except (RuntimeError, ValueError, OSError, psutil.Error) as e:
             raise JoulesmithError(
                 f"rank {me.rank} of {me.world} does not meet the others at {where}: {_short(e)}: "
                 "start all of them with one torchrun"
@@ -170,6 +183,9 @@ class _Group:
             self._over.set()
             self._leave()
         except BaseException as e:
+            with suppress(ValueError):  # torchrun ends those that are left: not amid the last words
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            before = None
             self._over.set()
             broke()
             found = self._ended(e)
@@ -186,15 +202,20 @@ class _Group:
             if before is not None:
                 signal.signal(signal.SIGTERM, before)
 
-    def _leave(self) -> None:
-        """Until all ranks are done, however long one of them still works; the first, which may
-        keep the store, leaves last."""
-        me, every = self.me, range(self.me.world)
-        self.store.set(f"{self._key}/done/{me.rank}", "1")
-        while not self.store.check([f"{self._key}/done/{r}" for r in every]):
-            if any(not self.store.check([f"{self._key}/done/{r}"]) for r in self.dead()):
+    def meet(self) -> None:
+        """See `meet`."""
+        self._met += 1
+        key = f"{self._key}/met/{self._met}"
+        self.store.set(f"{key}/{self.me.rank}", "1")
+        while not self.store.check([f"{key}/{r}" for r in range(self.me.world)]):
+            if any(not self.store.check([f"{key}/{r}"]) for r in self.dead()):
                 raise _LostError
             time.sleep(_LOOK / 5)
+
+    def _leave(self) -> None:
+        """When all ranks are done; the first, which may keep the store, last."""
+        self.meet()
+        me, every = self.me, range(self.me.world)
         if not me.first:
             self.store.set(f"{self._key}/left/{me.rank}", "1")
             return
@@ -223,27 +244,27 @@ class _Group:
             time.sleep(0.05)
         me = self.me
         if dead:
-            names = ", ".join(f"{r} (process {self.peers[r][0]})" for r in dead)
+            names = ", ".join(f"{r} (process {self.peers[r].pid})" for r in dead)
             what = f"rank{'s' * (len(dead) > 1)} {names} of {me.world} ended unexpectedly"
         elif isinstance(e, _StoppedError | _LostError) or e is None:
             what = f"rank {me.rank} of {me.world} was asked to stop"
         else:
             what = f"rank {me.rank} of {me.world} lost the others: {_short(e)}"
-        if self.kept is None:
+        if (kept := self.newest()) is None:
             return f"{what}: all ranks stop; no checkpoint was written yet: run the command again"
-        return f"{what}: all ranks stop; the same command goes on from {self.kept}"
+        return f"{what}: all ranks stop; the same command goes on from {kept}"
 
     def _claim(self) -> bool:
         """Whether this rank is the one that speaks."""
         try:
             self.store.set_timeout(timedelta(seconds=_GRACE))
-            return bool(self.store.add(self._key, 1) == 1)
+            return bool(self.store.add(f"{self._key}/told", 1) == 1)
         except Exception:  # it went with the rank that kept it
             return True
 
     def dead(self) -> list[int]:
         """Ranks of this machine whose process is gone."""
-        return [r for r, (pid, born) in self.peers.items() if _born(pid) != born]
+        return [r for r, process in self.peers.items() if ended(process)]
 
     def _watch(self) -> None:
         while not self._over.wait(_LOOK):
@@ -251,6 +272,8 @@ class _Group:
                 continue
             if self._over.wait(_GRACE):  # the program noticed itself
                 return
+            if not self.dead():
+                continue
             line = self._line(None)
             if self._claim():
                 print(f"joulesmith: {line}", file=sys.stderr, flush=True)
@@ -262,15 +285,13 @@ def _stop(*_: object) -> None:
     raise _StoppedError
 
 
-def _born(pid: int) -> float:
-    """When a process began; 0 where it is none, or has ended and was not collected."""
-    import psutil
-
+def ended(process: psutil.Process) -> bool:
+    """Whether it is over, collected by its parent or not. The machine's clock may be set meanwhile:
+    times of birth, which psutil counts from it, would not tell."""
     try:
-        process = psutil.Process(pid)
-        return 0.0 if process.status() == psutil.STATUS_ZOMBIE else float(process.create_time())
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.Error:
-        return 0.0
+        return True
 
 
 def _of_group(e: BaseException) -> bool:

@@ -106,6 +106,7 @@ def teach(
     Raises `JoulesmithError` for tokenizers that differ, a budget of joules where they are unknown,
     and as `recover`, `loop.train` and `cache_top` do.
     """
+    s.check_ranks(world())
     show, limits = show or Progress({}), limits or Limits()
     module = student.module
     vocab = None
@@ -128,7 +129,6 @@ def teach(
             )  # fmt: skip
     asked = teacher.module if teacher is not None and s.asks else None
     objective = Distil(s.distil, teacher=asked, cache=cache, vocab=vocab, eos=student.tokenizer.eos)
-    loop.check_batch(s.train, s.parallel)
     with ExitStack() as stack:
         if s.distil.attention:
             stack.enter_context(eager(module, *([] if asked is None else [asked])))

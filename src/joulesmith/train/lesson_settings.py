@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from joulesmith.errors import JoulesmithError
 from joulesmith.train.data_settings import DataSettings
 from joulesmith.train.parallel_settings import ParallelSettings
 from joulesmith.train.recover_settings import DistilSettings, RecoverSettings
@@ -54,6 +55,32 @@ class LessonSettings(BaseModel):
         if self.cache and not self.distil.soft:
             raise ValueError("a cache keeps a teacher's predictions: give soft a weight")
         return self
+
+    def check_ranks(self, world: int) -> None:
+        """Refuse what so many ranks cannot do. Raises `JoulesmithError`."""
+        p, t = self.parallel, self.train
+        p.check_batch(t.batch, world)
+        if not p.parts(world):
+            return
+        both = p.data == "shard" and p.data_ranks(world) > 1 and p.tensor > 1
+        for wrong, what, why in (
+            (self.sparse is not None, "sparse training", "it looks at whole matrices"),
+            (t.optimizer == "adafactor", "adafactor", "it looks at whole matrices"),
+            (self.compiled, "compiled blocks", "they are compiled whole"),
+            (self.distil.attention and p.tensor > 1, "matched attention", "a rank sees few heads"),
+            (
+                self.how.mode in ("lora", "quantized") and p.tensor > 1,
+                f"mode {self.how.mode}",
+                "its linear layers are no plain ones",
+            ),
+            (t.optimizer == "muon" and both, "muon", "its products of shards of parts are wrong"),
+        ):
+            if wrong:
+                given = f"tensor {p.tensor}" if p.tensor > 1 else 'data "shard"'
+                raise JoulesmithError(
+                    f"{what} does not go with {given}{' and shards' if both else ''}: {why}: "
+                    'train with data "replicate" and no tensor parallel'
+                )
 
     @property
     def taught(self) -> bool:

@@ -162,7 +162,7 @@ def train(
     check_hook(hook, how)
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
         raise JoulesmithError("no windows to train on: give more text")
-    check_batch(settings, how)
+    how.check_batch(settings.batch, world())
     if settings.joules_per_percent is not None and (judge is None or not settings.every):
         raise JoulesmithError(
             "the next percent of quality is told by held-out losses: say every how many steps "
@@ -222,16 +222,6 @@ def train(
         scaling=scaling,
         aside=spent.aside,
     )
-
-
-def check_batch(settings: TrainSettings, how: ParallelSettings) -> None:
-    """Raises `JoulesmithError` for a batch that ranks cannot share evenly: the mean over ranks
-    would not be that over windows, and some would wait for passes that others do not make."""
-    data = max(1, world() // how.tensor)
-    if settings.batch % data:
-        raise JoulesmithError(
-            f"a batch of {settings.batch} windows on {data} ranks: give a multiple"
-        )
 
 
 class _Run:
@@ -368,16 +358,23 @@ class _Run:
             "hook": None if self.hook is None else self.hook.state(),
         }
         extra = {} if self.hook is None else self.hook.tensors()
-        path = checkpoint.save(
-            self.folder, self.state.step, self.module, self.optimizer, state, extra
-        )
-        group.checkpointed(path)
+        checkpoint.save(self.folder, self.state.step, self.module, self.optimizer, state, extra)
         self.saved_at, self.saved_step = time.monotonic(), self.state.step
 
     def _resume(self) -> None:
-        path = None if self.folder is None else checkpoint.latest(self.folder)
-        if path is None:
+        if self.folder is None:
             return
+        folder = self.folder
+        group.goes_on_from(lambda: checkpoint.latest(folder))
+        path = checkpoint.latest(folder)
+        if (name := told_by_first(None if path is None else path.name)) is None:
+            return
+        path = folder / name
+        if not path.is_dir():
+            raise JoulesmithError(
+                f"rank {rank()} does not see {path}, from which the first one goes on: give a "
+                "folder on a file system that all machines see"
+            )
         kept = checkpoint.read_state(path)
         if kept.get("identity") != self.identity:
             raise JoulesmithError(
@@ -389,7 +386,6 @@ class _Run:
         self.state.curve[:] = [(j, x) for j, x in kept["curve"]]
         self.state.losses[:] = kept["losses"]
         self.loop.load_state_dict(rank_energy.own_share(kept["loop"]))
-        group.checkpointed(path)
         if self.hook is not None:
             self.hook.load(kept["hook"])
         self.tell(f"goes on at step {self.state.step}")

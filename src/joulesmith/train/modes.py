@@ -13,15 +13,19 @@ from joulesmith.errors import JoulesmithError
 from joulesmith.train.settings import TrainSettings
 
 
+def out_of_memory(e: BaseException) -> bool:
+    """Whether memory ended, of a GPU or of the machine: torch has no type of its own for that."""
+    known = isinstance(e, (torch.OutOfMemoryError, MemoryError))
+    return known or (isinstance(e, RuntimeError) and "DefaultCPUAllocator" in str(e))
+
+
 @contextmanager
 def fits() -> Iterator[None]:
     """What does not fit into memory inside is told as a `JoulesmithError`."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
-        # torch has no type of its own for a processor's memory
-        known = isinstance(e, (torch.OutOfMemoryError, MemoryError))
-        if not known and "DefaultCPUAllocator" not in str(e):
+    except (MemoryError, RuntimeError) as e:
+        if not out_of_memory(e):
             raise
         raise JoulesmithError(
             "out of memory: give fewer windows a pass (--micro) or shorter ones (--length), "

@@ -29,7 +29,7 @@ from joulesmith.train.optimizers import by_mesh
 from joulesmith.train.parallel_settings import ParallelSettings
 from joulesmith.train.zeros import local
 
-__all__ = ["ParallelSettings", "Ranks", "Spread", "ranks", "spread", "whole"]
+__all__ = ["ParallelSettings", "Ranks", "Spread", "check_split", "ranks", "spread", "whole"]
 
 COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 """Linear layers whose outputs are split over ranks (Shoeybi et al. 2019, "Megatron-LM")."""
@@ -116,10 +116,7 @@ def spread(
     and parameters that cannot be shards.
     """
     n = world()
-    if settings.tensor > 1 and n % settings.tensor:
-        raise JoulesmithError(
-            f"{n} ranks cannot be split by tensor {settings.tensor}: give a divisor of the ranks"
-        )
+    data = settings.data_ranks(n)
     if n == 1:
         yield Spread(module, module)
         return
@@ -127,7 +124,6 @@ def spread(
         yield from _replicated(module, n, leaves_out)
         return
     device = next(module.parameters()).device
-    data = n // settings.tensor
     places = _split_places(module, settings.tensor) if settings.tensor > 1 else {}
     _same_start(module)
     shell, moved = _shell(module, copies=data == 1 or settings.data == "replicate")
@@ -248,6 +244,12 @@ def _shard(module: nn.Module, mesh: Any) -> None:
     fully_shard(module, mesh=mesh)
 
 
+def check_split(module: nn.Module, n: int) -> None:
+    """Raises `JoulesmithError` where ``n`` ranks cannot split the module's matrices."""
+    if n > 1:
+        _split_places(module, n)
+
+
 def _split_places(module: nn.Module, n: int) -> dict[str, Any]:
     """Linear layer by name -> how it is split. Raises `JoulesmithError` where the model is not of
     the kind, or heads or neurons do not divide."""
@@ -315,8 +317,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 def check_hook(hook: Any, settings: ParallelSettings) -> None:
     """Raises `JoulesmithError` for a hook of the loop that cannot look at parts of matrices, where
     ranks will hold parts."""
-    parts = world() > 1 and (settings.data == "shard" or settings.tensor > 1)
-    if parts and hook is not None and not hasattr(hook, "moved"):
+    if settings.parts(world()) and hook is not None and not hasattr(hook, "moved"):
         raise JoulesmithError(
             f'{type(hook).__name__} looks at whole matrices: train with data "replicate" and no '
             "tensor parallel"

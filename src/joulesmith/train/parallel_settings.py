@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from joulesmith.errors import JoulesmithError
+
 
 class ParallelSettings(BaseModel):
     """data: what ranks with different windows hold: "replicate", the whole model and optimizer
@@ -19,3 +21,24 @@ class ParallelSettings(BaseModel):
     data: Literal["replicate", "shard"] = "replicate"
     tensor: int = Field(default=1, ge=1)
     probe: int = Field(default=3, ge=0)
+
+    def data_ranks(self, world: int) -> int:
+        """How many of ``world`` ranks see windows of their own. Raises `JoulesmithError` for ranks
+        that ``tensor`` does not divide."""
+        if world % self.tensor:
+            raise JoulesmithError(
+                f"{world} ranks cannot be split by tensor {self.tensor}: give a divisor of the "
+                "ranks (of  torchrun --nproc-per-node)"
+            )
+        return world // self.tensor
+
+    def check_batch(self, batch: int, world: int) -> None:
+        """Raises `JoulesmithError` for a batch that ranks cannot share evenly: the mean over ranks
+        would not be that over windows, and some would wait for passes that others do not make."""
+        data = self.data_ranks(world)
+        if batch % data:
+            raise JoulesmithError(f"a batch of {batch} windows on {data} ranks: give a multiple")
+
+    def parts(self, world: int) -> bool:
+        """Whether ranks hold parts of matrices."""
+        return world > 1 and (self.data == "shard" or self.tensor > 1)

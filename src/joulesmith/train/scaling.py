@@ -21,6 +21,7 @@ from torch import nn
 from joulesmith.ranks import added, alone, rank, told, wait, world
 from joulesmith.train import optimizers
 from joulesmith.train.group import cores
+from joulesmith.train.modes import out_of_memory
 from joulesmith.train.parallel import Spread
 from joulesmith.train.passes import gradients
 from joulesmith.train.settings import TrainSettings
@@ -84,7 +85,9 @@ class Probe:
                         if found is None or seconds < found[0]:
                             joules = _of_one(reading, device)
                             found = seconds, None if joules is None else joules / self.steps
-            except torch.OutOfMemoryError:
+            except RuntimeError as e:  # which torch's OutOfMemoryError is
+                if not out_of_memory(e):
+                    raise
                 self.note = "the model does not fit on one rank"
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
