@@ -27,8 +27,8 @@ class ParallelSettings(BaseModel):
         that ``tensor`` does not divide."""
         if world % self.tensor:
             raise JoulesmithError(
-                f"{world} ranks cannot be split by tensor {self.tensor}: give a divisor of the "
-                "ranks (of  torchrun --nproc-per-node)"
+                f"{world} rank{'s' * (world > 1)} cannot be split by tensor {self.tensor}: give a "
+                "divisor of  torchrun --nproc-per-node"
             )
         return world // self.tensor
 
