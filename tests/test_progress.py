@@ -58,6 +58,23 @@ def test_a_stage_much_longer_than_expected_is_seen_early() -> None:
     assert found[5] is not None and found[5] > 400
 
 
+def test_a_name_that_comes_twice_is_two_stages() -> None:
+    clock = Clock()
+    p = Progress({"train": 10}, io.StringIO(), clock=clock)
+    with p.stage("train") as tick:
+        clock.now = 3000  # made ready for long
+        tick(0.1)
+        clock.now = 3010
+    with p.stage("train") as tick:
+        clock.now = 3012
+        tick(0.1)
+        for second in range(1, 20):
+            clock.now = 3012 + second
+            left = p.left("train", 0.1 + second / 100)
+            assert left is not None and 0 <= left < 3100
+        assert left < 1000
+
+
 def test_a_stage_that_tells_only_its_end_counts_whole() -> None:
     clock = Clock()
     p = Progress({"a": 10, "b": 30}, io.StringIO(), clock=clock)

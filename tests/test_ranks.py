@@ -24,6 +24,8 @@ with leaving():
     [
         (True, "sys.exit(2)", "printed ", "", 2),
         (True, "sys.exit()", "printed ", "", 0),
+        (True, "pass", "printed ", "", 0),
+        (True, "raise KeyboardInterrupt", "printed ", "KeyboardInterrupt\n", 130),
         (True, "sys.exit('why')", "printed ", "why\n", 1),
         (True, "raise KeyError('fault')", "printed ", "KeyError: 'fault'\n", 1),
         (False, "sys.exit(3)", "printed Python's own end\n", "", 3),

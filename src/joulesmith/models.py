@@ -234,24 +234,26 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
     check_dense(model)
     n_bytes = sum(p.numel() * p.element_size() for p in model.module.parameters())
     with atomic_folder(folder, needed=n_bytes + (1 << 24)) as temp:
-        # Safetensors reports a full disk as its own error, without the number.
-        try:
-            write_weights(model.module, temp)
-        except Exception as e:
-            if type(e).__name__ == "SafetensorError":
-                raise JoulesmithError(f"cannot write weights: {folder}: {e}") from e
-            raise
+        write_weights(model.module, temp)
         write_tokenizer_of(model, temp)
 
 
 def write_weights(module: Any, folder: Path) -> None:
-    """config.json and safetensors, by `transformers`, without its bar of progress."""
+    """config.json and safetensors, by `transformers`, without its bar of progress.
+
+    Raises `JoulesmithError` when the disk is full.
+    """
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         module.save_pretrained(folder, safe_serialization=True)
+    except Exception as e:
+        # Safetensors reports a full disk as its own error, without the number.
+        if type(e).__name__ == "SafetensorError":
+            raise JoulesmithError(f"cannot write weights: {folder}: {e}") from e
+        raise
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -80,13 +80,14 @@ class Progress:
             spent = self.clock() - self._begun[name] - waited
             trust = spent / (spent + _SETTLE)
             here += trust * (spent * (1 - share) / (share - first) - here)
-        return others * pace + here
+        return max(0.0, others * pace + here)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Tick]:
         """Run one stage; yields the tick. Stages may be nested only by the caller's own ticks."""
         self.expected.setdefault(name, 0.0)
         begun = self._begun[name] = self.clock()
+        self._first.pop(name, None)  # of a stage of that name before
         self._show(name, 0.0, force=not self._live)
 
         def tick(share: float) -> None:

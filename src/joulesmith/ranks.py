@@ -56,20 +56,23 @@ def leaving() -> Iterator[None]:
 
     Python's own end waits for collectives under way, which the others, waiting for this process,
     never join; and gloo's threads, meeting an interpreter that shuts down, abort the process
-    (pytorch/pytorch#179291). What was printed is printed, and the exit code is the same.
+    (pytorch/pytorch#179291). What was printed is printed, and the exit code is the same (130 of
+    Ctrl-C).
     """
+    code = 0
     try:
         yield
     except BaseException as e:
         if not _broken:
             raise
-        code = 1
+        code = 130 if isinstance(e, KeyboardInterrupt) else 1
         if not isinstance(e, SystemExit):
             sys.excepthook(type(e), e, e.__traceback__)
         elif isinstance(e.code, str):
             print(e.code, file=sys.stderr)
         else:
             code = int(e.code or 0)
+    if _broken:
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):
                 stream.flush()

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,26 @@ def fail_amid_a_sum(told: bool = False) -> None:
     raise JoulesmithError(f"that is enough{'' if under_way else ': nothing is under way'}")
 
 
+def meet(silent: bool) -> None:
+    """The second rank, which the first cannot see, fails and stays, or falls silent after a while;
+    the first waits for it."""
+    group._BEAT, group._SILENCE = 0.5, 4.0
+    assert group._Group.current is not None
+    group._Group.current.peers.clear()
+    if torch.distributed.get_rank() == 0:
+        group.meet()
+    if silent:
+        time.sleep(8)
+        print(json.dumps([1, {"heard": True}]), flush=True)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    raise JoulesmithError("that is enough")
+
+
 def done(task: dict[str, Any]) -> dict[str, Any]:
     if task.get("do") == "fail":
         fail_amid_a_sum(task.get("told", False))
+    if task.get("do") == "meet":
+        meet(task.get("silent", False))
     if task.get("do") != "shared":
         return trained(task)
     found: dict[str, Any] = {
@@ -154,6 +172,8 @@ def _main() -> None:
                 print(json.dumps([me.rank, found]), flush=True)
     except JoulesmithError as e:
         print(f"joulesmith: {e}", file=sys.stderr)
+        if '"meet"' in sys.argv[1] and os.environ["RANK"] == "1":
+            time.sleep(100)  # its process is there
         sys.exit(e.exit_code)
 
 

@@ -312,17 +312,18 @@ class EnergyMeter:
 
     def _keep_up(self) -> None:
         self._rapl.read(time.perf_counter())
+        others = self._others  # of the processes whose time is read next
         cpu, t = self._cpu(), time.perf_counter()
         busy = machine_busy()
         with self._lock:
-            self._others.add(t, busy, cpu)
+            others.add(t, busy, cpu)
         self._look()
 
     # ---- readings
 
     def _snapshot(self, opening: bool, fresh: Peaks | None = None) -> Snapshot:
         """Own CPU seconds and the clock come nearest the window's inside: last when opening."""
-        t, cpu = 0.0, None
+        t, cpu, others = 0.0, None, self._others
         if opening:
             self._look(fresh)
         else:
@@ -336,7 +337,7 @@ class EnergyMeter:
         else:
             self._look()
         with self._lock:
-            self._others.add(t, busy, cpu)
+            others.add(t, busy, cpu)
         return Snapshot(t, cpu, busy, counts)
 
     def _cpu(self) -> float | None:

@@ -183,7 +183,7 @@ class _Run:
             )  # fmt: skip
         if task.shrink is not None:
             with beside.of("shrinking"):
-                model = in_turn(lambda: self._shrunk(model, windows))
+                in_turn(lambda: self._shrink(model, windows))
         judge = _Judge(windows, work, str(device))
         before = None
         if self.me.first:
@@ -275,13 +275,14 @@ class _Run:
         made.origin = f"fresh weights, seed {task.seed}, with the tokenizer of {base.name}"
         return made
 
-    def _shrunk(self, model: Model, windows: lesson_text.Windows) -> Model:
+    def _shrink(self, model: Model, windows: lesson_text.Windows) -> None:
         """Cut once: other ranks and a resumed run read what was written, to the bit."""
         from joulesmith import models
+        from joulesmith.compress.prune.shrink import read_back
 
         task, work = self.task, self.workspace.work
         assert task.shrink is not None
-        folder, told = work / "shrunk" / self.out.stem, "notes.json"
+        folder, told = work / "shrunk", "notes.json"
         if not folder.is_dir():
             step = shrink_step(shrink_parts(task.shrink), task.seed)
             self.show.expected.setdefault("shrink", 100)
@@ -289,12 +290,9 @@ class _Run:
                 record = step.apply(model, windows.train[:64], tick, work / "shrink")
             with atomic_folder(folder, needed=4 * model.parameters + (1 << 24)) as part:
                 models.write_weights(model.module, part)
-                models.write_tokenizer_of(model, part)
                 (part / told).write_text(json.dumps(record.notes))
         self.notes += json.loads((folder / told).read_text())
-        found = models.load(folder)
-        found.name, found.origin = model.name, model.origin
-        return found
+        read_back(model, folder)
 
     def _result(
         self,

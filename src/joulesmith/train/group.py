@@ -31,11 +31,13 @@ from joulesmith.errors import JoulesmithError
 from joulesmith.ranks import broke, gathered, wait
 
 TIMEOUT = 7200.0
-"""Seconds that ranks wait for one that is alive and does not come: the first may be reading or
-judging for long. That a process of this machine ended is seen at once."""
+"""Seconds that ranks wait in a collective for one that is alive and does not come. That a process
+of this machine ended is seen at once; for what the first does alone they `meet`."""
 _LOOK, _GRACE, _PATIENCE = 0.5, 5.0, 2.0
 """Seconds between looks at the others; that the program has to leave by itself; until a process
 that closed its connections has ended."""
+_BEAT, _SILENCE = 10.0, 300.0
+"""Seconds between signs of life; without one, after which a rank of another machine is lost."""
 _OF_GROUP = re.compile(
     r"gloo/|NCCL|ProcessGroup|(closed|reset) by peer|Broken pipe|process group|TCPStore"
 )
@@ -137,7 +139,7 @@ class _Group:
         self.me, self.timeout = me, timeout
         self.newest: Callable[[], object] = lambda: None
         self.peers: dict[int, psutil.Process] = {}
-        self._met = 0
+        self._met = self._beats = 0
         self._over = threading.Event()
         self._key = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         self.store: Any = None
@@ -159,11 +161,13 @@ class _Group:
                 backend, store=c10d.PrefixStore("group", store), rank=rank, world_size=world,
                 timeout=limit,
             )  # fmt: skip
+            self._beat()  # before the ranks first meet, below
             host = platform.node()
             for i, (name, pid) in enumerate(gathered([host, os.getpid()])):
                 if name == host and i != me.rank:
-                    self.peers[i] = psutil.Process(pid)
-        except (RuntimeError, ValueError, OSError, psutil.Error) as e:
+                    with suppress(psutil.Error):  # of a container that looks like this machine
+                        self.peers[i] = psutil.Process(pid)
+        except (RuntimeError, ValueError, OSError) as e:
             raise JoulesmithError(
                 f"rank {me.rank} of {me.world} does not meet the others at {where}: {_short(e)}: "
                 "start all of them with one torchrun"
@@ -188,6 +192,8 @@ class _Group:
             before = None
             self._over.set()
             broke()
+            with suppress(Exception):  # the store may have gone with the first
+                self.store.set(f"{self._key}/broke", "1")
             found = self._ended(e)
             # No words with those that are gone; work that is under way cannot be waited for.
             with suppress(Exception):
@@ -206,11 +212,26 @@ class _Group:
         """See `meet`."""
         self._met += 1
         key = f"{self._key}/met/{self._met}"
-        self.store.set(f"{key}/{self.me.rank}", "1")
-        while not self.store.check([f"{key}/{r}" for r in range(self.me.world)]):
-            if any(not self.store.check([f"{key}/{r}"]) for r in self.dead()):
-                raise _LostError
+        here = {r: f"{key}/{r}" for r in range(self.me.world)}
+        self.store.set(here[self.me.rank], "1")
+        heard: dict[int, tuple[bytes, float]] = {}
+        look = time.monotonic()
+        while not self.store.check([*here.values()]):
+            if (now := time.monotonic()) >= look:
+                self._look_after({r for r, k in here.items() if not self.store.check([k])}, heard)
+                look = now + _LOOK
             time.sleep(_LOOK / 5)
+
+    def _look_after(self, late: set[int], heard: dict[int, tuple[bytes, float]]) -> None:
+        """Raises `_LostError` where one of them is. heard: last sign of life of each, and when."""
+        if self.store.check([f"{self._key}/broke"]) or late & set(self.dead()):
+            raise _LostError
+        for r in late - self.peers.keys():
+            sign, now = self.store.get(f"{self._key}/alive/{r}"), time.monotonic()
+            if r not in heard or heard[r][0] != sign:
+                heard[r] = sign, now
+            elif now - heard[r][1] > _SILENCE:
+                raise _LostError(f"rank {r} of {self.me.world} gives no sign of life")
 
     def _leave(self) -> None:
         """When all ranks are done; the first, which may keep the store, last."""
@@ -246,7 +267,9 @@ class _Group:
         if dead:
             names = ", ".join(f"{r} (process {self.peers[r].pid})" for r in dead)
             what = f"rank{'s' * (len(dead) > 1)} {names} of {me.world} ended unexpectedly"
-        elif isinstance(e, _StoppedError | _LostError) or e is None:
+        elif isinstance(e, _LostError):
+            what = str(e) or f"another rank of {me.world} ended before the work did"
+        elif isinstance(e, _StoppedError) or e is None:
             what = f"rank {me.rank} of {me.world} was asked to stop"
         else:
             what = f"rank {me.rank} of {me.world} lost the others: {_short(e)}"
@@ -266,8 +289,18 @@ class _Group:
         """Ranks of this machine whose process is gone."""
         return [r for r, process in self.peers.items() if ended(process)]
 
+    def _beat(self) -> None:
+        """A sign of life."""
+        self._beats += 1
+        self.store.set(f"{self._key}/alive/{self.me.rank}", str(self._beats))
+
     def _watch(self) -> None:
+        last = time.monotonic()
         while not self._over.wait(_LOOK):
+            if time.monotonic() - last >= _BEAT:
+                with suppress(Exception):  # the store may have gone with the first
+                    self._beat()
+                last = time.monotonic()
             if not self.dead():
                 continue
             if self._over.wait(_GRACE):  # the program noticed itself

@@ -328,8 +328,9 @@ def trial(
     with ExitStack() as stack:
         used = stack.enter_context(rank_energy.meter_of_machine(meter))
         if used is None:
-            used = stack.enter_context(EnergyMeter())
-            stack.callback(used.close)
+            own = EnergyMeter()
+            stack.callback(own.close)
+            used = stack.enter_context(own)
         # An error leaves weights as they are, which putting the module together would round.
         stack.enter_context(suppress(_EnoughError))
         stack.enter_context(prepared(module, s.how, packed))

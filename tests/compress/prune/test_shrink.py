@@ -14,7 +14,7 @@ import torch
 
 from joulesmith import models
 from joulesmith.compress.prune.prices import Prices
-from joulesmith.compress.prune.shrink import count, read_per_token, shape_of
+from joulesmith.compress.prune.shrink import count, read_back, read_per_token, shape_of
 from joulesmith.compress.prune.structured import Shrink, Shrunk
 from joulesmith.compress.recipe import Recipe, read_recipe
 from joulesmith.errors import JoulesmithError
@@ -141,6 +141,31 @@ def test_groups_and_width(families: dict[str, Path], family: str, tmp_path: Path
     assert model.tied
     same_everywhere(model, tmp_path / "out")
     in_the_engine(model, tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_cut_is_read_back_to_the_bit(
+    families: dict[str, Path], family: str, tmp_path: Path
+) -> None:
+    """With the keys and the tokenizer of the model that it was cut from."""
+    model = models.load(families[family])
+    model.metadata["general.license"] = "apache-2.0"  # what a folder does not hold
+    Shrink(layers=3, neurons=64, queries=2).apply(model, WINDOWS)
+    models.write_weights(model.module, tmp_path)
+    whole = models.load(families[family])
+    whole.metadata["general.license"] = "apache-2.0"
+    for again in (whole, model):
+        wanted = {n: p.detach().clone() for n, p in model.module.named_parameters()}
+        told = model.metadata, model.tensors, model.parameters
+        read_back(again, tmp_path)
+        found = dict(again.module.named_parameters())
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[n], w) for n, w in wanted.items())
+        for mine, other in zip(
+            (again.metadata, again.tensors, again.parameters), told, strict=True
+        ):
+            assert str(mine) == str(other)
+        assert torch.equal(logits(again.module), logits(model.module))
 
 
 def test_one_rotation_of_full_width_changes_nothing(families: dict[str, Path]) -> None:

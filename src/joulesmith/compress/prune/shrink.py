@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -234,6 +235,22 @@ def rebuild(
     model.module = finish(made, dtype).requires_grad_(grads)
     model.tensors, model.metadata = refs, metadata
     model.parameters = sum(p.numel() for p in model.module.parameters())
+    release_memory()
+
+
+def read_back(model: Model, folder: Path) -> None:
+    """Turn ``model``, as it was or as `rebuild` left it, into the one that `rebuild` made and
+    `models.write_weights` wrote. Raises `JoulesmithError` for a damaged folder."""
+    from joulesmith.vocab_folder import read_config
+    from joulesmith.weights import build, open_safetensors
+
+    old = next(model.module.parameters())
+    config = read_config(folder)
+    with open_safetensors(folder) as shelf:
+        module, refs = build(config, shelf, old.dtype, folder)
+    model.metadata = _metadata(model, config)
+    model.module, model.tensors = module.requires_grad_(old.requires_grad), refs
+    model.parameters = sum(p.numel() for p in module.parameters())
     release_memory()
 
 
