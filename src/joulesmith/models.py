@@ -234,14 +234,15 @@ def save(model: Model, folder: str | os.PathLike[str]) -> None:
     check_dense(model)
     n_bytes = sum(p.numel() * p.element_size() for p in model.module.parameters())
     with atomic_folder(folder, needed=n_bytes + (1 << 24)) as temp:
-        write_weights(model.module, temp)
+        write_weights(model.module, temp, folder)
         write_tokenizer_of(model, temp)
 
 
-def write_weights(module: Any, folder: Path) -> None:
+def write_weights(module: Any, folder: Path, named: str | os.PathLike[str] | None = None) -> None:
     """config.json and safetensors, by `transformers`, without its bar of progress.
 
-    Raises `JoulesmithError` when the disk is full.
+    named: the folder in words, where it is not ``folder``. Raises `JoulesmithError` when the disk
+    is full.
     """
     from transformers.utils import logging
 
@@ -252,7 +253,7 @@ def write_weights(module: Any, folder: Path) -> None:
     except Exception as e:
         # Safetensors reports a full disk as its own error, without the number.
         if type(e).__name__ == "SafetensorError":
-            raise JoulesmithError(f"cannot write weights: {folder}: {e}") from e
+            raise JoulesmithError(f"cannot write weights: {named or folder}: {e}") from e
         raise
     finally:
         if shown:

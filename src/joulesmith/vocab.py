@@ -94,7 +94,8 @@ class Tokenizer:
         """
         # The flag lives on the shared backend; set at each call, as it is cheap.
         self.backend.encode_special_tokens = not special
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+        # `encode` alone would keep other threads from running: minutes, for a large text
+        return list(self.backend.encode_batch([text], add_special_tokens=False)[0].ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, control tokens by name."""

@@ -123,7 +123,8 @@ def fail_amid_a_sum(told: bool = False) -> None:
 def meet(silent: bool) -> None:
     """The second rank, which the first cannot see, fails and stays, or falls silent after a while;
     the first waits for it."""
-    group._BEAT, group._SILENCE = 0.5, 4.0
+    if silent:
+        group._BEAT, group._SILENCE = 0.5, 4.0
     assert group._Group.current is not None
     group._Group.current.peers.clear()
     if torch.distributed.get_rank() == 0:

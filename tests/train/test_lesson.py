@@ -150,7 +150,7 @@ def test_settings_that_do_not_go_together() -> None:
         find("train")(lesson={"distil": {"soft": 1}}, epochs=1)
     with pytest.raises(ValidationError, match="teacher"):
         find("distill")()
-    with pytest.raises(ValidationError, match="give epochs or"):
+    with pytest.raises(ValidationError, match="give epochs, or"):
         find("train")(lesson={"distil": {"hard": 2}})
 
 

@@ -238,14 +238,14 @@ def test_a_machine_without_the_folder_says_so(tmp_path: Path) -> None:
 
 def test_who_fails_and_lingers_is_not_waited_for() -> None:
     """As where processes of other machines cannot be seen: the first does work, the other waits."""
-    waits, fails = Group([{"do": "meet", "ends": 0}], 2).end(within=60, alone=True)
+    waits, fails = Group([{"do": "meet", "ends": 0}], 2).end(within=90, alone=True)
     assert waits == ([], "", 2)
     assert fails == ([], "joulesmith: that is enough\n", -9), "killed here, when the first was gone"
 
 
 def test_who_gives_no_sign_of_life_is_not_waited_for() -> None:
     task = {"do": "meet", "ends": 0, "silent": True}
-    waits, stopped = Group([task], 2).end(within=60, alone=True)
+    waits, stopped = Group([task], 2).end(within=90, alone=True)
     assert waits[2] == 2 and waits[1].startswith(
         "joulesmith: rank 1 of 2 gives no sign of life: all ranks stop; no checkpoint was written"
     )

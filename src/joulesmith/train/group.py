@@ -141,7 +141,7 @@ class _Group:
         self.peers: dict[int, psutil.Process] = {}
         self._met = self._beats = 0
         self._over = threading.Event()
-        self._key = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        self._key = "run"
         self.store: Any = None
         self._join()
 
@@ -152,7 +152,9 @@ class _Group:
             given = rendezvous("env://", me.rank, me.world, timeout=limit)
             store, rank, world = next(iter(given))
             store.set_timeout(limit)
-            self.store = c10d.PrefixStore("joulesmith", store)
+            # a connection of its own: one that waits in a collective's would hold up the watch
+            self.store = c10d.PrefixStore("joulesmith", store.clone())
+            self.store.set_timeout(limit)
             backend = "gloo"
             if me.device.type == "cuda":
                 torch.cuda.set_device(me.device)
@@ -161,9 +163,10 @@ class _Group:
                 backend, store=c10d.PrefixStore("group", store), rank=rank, world_size=world,
                 timeout=limit,
             )  # fmt: skip
-            self._beat()  # before the ranks first meet, below
             host = platform.node()
-            for i, (name, pid) in enumerate(gathered([host, os.getpid()])):
+            every = gathered([host, os.getpid(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "")])
+            self._key = f"run{every[0][2]}"  # machines may count restarts otherwise
+            for i, (name, pid, _) in enumerate(every):
                 if name == host and i != me.rank:
                     with suppress(psutil.Error):  # of a container that looks like this machine
                         self.peers[i] = psutil.Process(pid)
@@ -212,25 +215,30 @@ class _Group:
         """See `meet`."""
         self._met += 1
         key = f"{self._key}/met/{self._met}"
-        here = {r: f"{key}/{r}" for r in range(self.me.world)}
-        self.store.set(here[self.me.rank], "1")
+        self.store.set(f"{key}/{self.me.rank}", "1")
+        late = [r for r in range(self.me.world) if r != self.me.rank]
         heard: dict[int, tuple[bytes, float]] = {}
-        look = time.monotonic()
-        while not self.store.check([*here.values()]):
-            if (now := time.monotonic()) >= look:
-                self._look_after({r for r, k in here.items() if not self.store.check([k])}, heard)
-                look = now + _LOOK
+        looked = time.monotonic()
+        while late and not self.store.check([f"{key}/{r}" for r in late]):
+            if (passed := time.monotonic() - looked) >= _LOOK:
+                late = [r for r in late if not self.store.check([f"{key}/{r}"])]
+                self._look_after(late, heard, min(passed, 2 * _LOOK))  # more: stood still itself
+                looked = time.monotonic()
             time.sleep(_LOOK / 5)
 
-    def _look_after(self, late: set[int], heard: dict[int, tuple[bytes, float]]) -> None:
-        """Raises `_LostError` where one of them is. heard: last sign of life of each, and when."""
-        if self.store.check([f"{self._key}/broke"]) or late & set(self.dead()):
+    def _look_after(
+        self, late: list[int], heard: dict[int, tuple[bytes, float]], passed: float
+    ) -> None:
+        """Raises `_LostError` where one of them is. heard: last sign of life of each, and seconds
+        without another. passed: since they were looked after last."""
+        if self.store.check([f"{self._key}/broke"]) or set(late) & set(self.dead()):
             raise _LostError
-        for r in late - self.peers.keys():
-            sign, now = self.store.get(f"{self._key}/alive/{r}"), time.monotonic()
-            if r not in heard or heard[r][0] != sign:
-                heard[r] = sign, now
-            elif now - heard[r][1] > _SILENCE:
+        for r in set(late) - self.peers.keys():
+            key = f"{self._key}/alive/{r}"
+            sign = self.store.get(key) if self.store.check([key]) else b""
+            before, silent = heard.get(r, (b"", 0.0))
+            heard[r] = sign, silent + passed if sign == before else 0.0
+            if heard[r][1] > _SILENCE:
                 raise _LostError(f"rank {r} of {self.me.world} gives no sign of life")
 
     def _leave(self) -> None:

@@ -53,7 +53,9 @@ class Lesson(Resumable):
     @model_validator(mode="after")
     def _ends(self) -> Lesson:
         if self.epochs is None and self.lesson.train.steps < 2:  # 1 where nothing is said
-            raise ValueError("say how long it trains: give epochs or lesson: {train: {steps: N}}")
+            raise ValueError(
+                "say how long it trains: give epochs, or lesson: {train: {steps: N}} of 2 or more"
+            )
         return self
 
     def teacher_of(self, model: Model) -> str | None:
