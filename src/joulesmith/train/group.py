@@ -221,18 +221,19 @@ class _Group:
         looked = time.monotonic()
         while late and not self.store.check([f"{key}/{r}" for r in late]):
             if (passed := time.monotonic() - looked) >= _LOOK:
+                gone = set(self.dead())  # before the rest: who leaves has met first
                 late = [r for r in late if not self.store.check([f"{key}/{r}"])]
-                self._look_after(late, heard, min(passed, 2 * _LOOK))  # more: stood still itself
+                if gone & set(late) or self.store.check([f"{self._key}/broke"]):
+                    raise _LostError
+                self._listen(late, heard, min(passed, 2 * _LOOK))  # more: stood still itself
                 looked = time.monotonic()
             time.sleep(_LOOK / 5)
 
-    def _look_after(
+    def _listen(
         self, late: list[int], heard: dict[int, tuple[bytes, float]], passed: float
     ) -> None:
-        """Raises `_LostError` where one of them is. heard: last sign of life of each, and seconds
-        without another. passed: since they were looked after last."""
-        if self.store.check([f"{self._key}/broke"]) or set(late) & set(self.dead()):
-            raise _LostError
+        """Raises `_LostError` where one of another machine is silent. heard: last sign of life of
+        each, and seconds without another. passed: since this was called last."""
         for r in set(late) - self.peers.keys():
             key = f"{self._key}/alive/{r}"
             sign = self.store.get(key) if self.store.check([key]) else b""
